@@ -1,0 +1,182 @@
+"""The units of work: evaluations, models and jobs, and the fingerprints that make them reusable.
+
+A job's fingerprint hashes its resolved spec, the content of its samples, the source of its plugin and
+of all that computes it, the libraries' versions, the kind of device, and the fingerprints of its inputs.
+A job whose record exists with the same fingerprint need not run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+
+from palimpsest.plugins import option_values
+from palimpsest.recipe import MethodSpec, ModelSpec, Recipe
+from palimpsest.sourcehash import module_sha256, plugin_sha256
+from palimpsest.store import fingerprint
+from palimpsest.types import Axis, Channel, ForgetRetain, Judge, Sample, UnlearningMethod
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy", "pyarrow")
+COMPUTING = ("torch", "transformers", "tokenizers", "peft")
+"""The libraries whose version may change a number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One data set under one transform in one channel: what every model is asked."""
+
+    name: str
+    dataset: str
+    axis: Axis
+    transform: str
+    channel: Channel
+    split: str
+    family: str
+    judges: tuple[str, ...]
+    subsets: tuple[str, ...]
+    max_new_tokens: int
+    originals: tuple[Sample, ...]
+    samples: tuple[Sample, ...]
+    decode: Callable[[str], str] | None
+    decode_sha256: str
+    sha256: str
+
+    @property
+    def key(self) -> str:
+        """Unique within a plan."""
+        return f"{self.name}.{self.transform}.{self.channel}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedModel:
+    """A model of the study: one that exists, or one that a method makes."""
+
+    name: str
+    role: Literal["original", "unlearned", "control", "other"]
+    fingerprint: str
+    spec: ModelSpec
+    revision: str | None
+    method: MethodSpec | None = None
+    plugin: UnlearningMethod | None = None
+    data: ForgetRetain | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A unit of work with a record of its own. `evaluation` and `judge` are keys into the plan."""
+
+    kind: Literal["unlearn", "respond", "judge"]
+    id: str
+    model: str
+    fingerprint: str
+    spec: dict[str, Any]
+    evaluation: str = ""
+    judge: str = ""
+    needs: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that a run will do, in an order in which it can be done."""
+
+    recipe: Recipe
+    models: tuple[PlannedModel, ...]
+    evaluations: tuple[Evaluation, ...]
+    judges: Mapping[str, Judge]
+    jobs: tuple[Job, ...]
+    warnings: tuple[str, ...]
+
+    def job(self, kind: str, model: str, evaluation: str = "", judge: str = "") -> Job:
+        """Return the job of that kind for that model, evaluation and judge; it has to exist."""
+        job = self.find(kind, model, evaluation, judge)
+        if job is None:
+            raise AssertionError(f"no {kind} job of {model} for {evaluation!r} by {judge!r}")
+        return job
+
+    def find(self, kind: str, model: str, evaluation: str = "", judge: str = "") -> Job | None:
+        """Return the job of that kind for that model, evaluation and judge, or None."""
+        wanted = (kind, model, evaluation, judge)
+        found = (j for j in self.jobs if (j.kind, j.model, j.evaluation, j.judge) == wanted)
+        return next(found, None)
+
+
+def samples_sha256(samples: Sequence[Sample]) -> str:
+    """Return a hash of the samples' whole content, in order."""
+    return fingerprint([dataclasses.asdict(s) for s in samples])
+
+
+def numerics(recipe: Recipe) -> dict[str, Any]:
+    """Return all that may change the last bits of a number; of a device only its kind counts."""
+    return {
+        "dtype": recipe.numerics.dtype,
+        "threads": recipe.numerics.threads,
+        "device": recipe.numerics.device.split(":")[0],
+        "versions": {name: version(name) for name in COMPUTING},
+    }
+
+
+def unlearn_job(recipe: Recipe, model: PlannedModel) -> Job:
+    """Return the job that makes a model by a method."""
+    if model.method is None:
+        raise AssertionError(f"{model.name} is not made by a method")
+    spec = {
+        "model": model.name,
+        "method": model.method.use,
+        "seed": recipe.run.seed,
+        "options": option_values(model.plugin),
+        "scope": option_values(model.method.scope),
+    }
+    return Job(
+        kind="unlearn",
+        id=f"unlearn-{model.name}",
+        model=model.name,
+        fingerprint=model.fingerprint,
+        spec=spec,
+    )
+
+
+def respond_job(recipe: Recipe, model: PlannedModel, evaluation: Evaluation) -> Job:
+    """Return the job that asks a model every sample of an evaluation."""
+    spec = {
+        "model": model.fingerprint,
+        "samples": evaluation.sha256,
+        "channel": evaluation.channel,
+        "max_new_tokens": evaluation.max_new_tokens,
+        "decoding": "greedy",
+        "numerics": numerics(recipe) | {"batch_tokens": recipe.numerics.batch_tokens},
+        "code": module_sha256("evaluate"),
+    }
+    return Job(
+        kind="respond",
+        id=f"respond-{model.name}-{evaluation.key}",
+        model=model.name,
+        fingerprint=fingerprint(spec),
+        spec=spec,
+        evaluation=evaluation.key,
+        needs=f"unlearn-{model.name}" if model.method else "",
+    )
+
+
+def judge_job(respond: Job, evaluation: Evaluation, name: str, judge: Judge) -> Job:
+    """Return the job that judges the responses of another one."""
+    spec = {
+        "responses": respond.fingerprint,
+        "judge": name,
+        "options": option_values(judge),
+        "plugin": plugin_sha256(judge),
+        "decode": evaluation.decode_sha256,
+        "behaviors": samples_sha256(evaluation.originals),
+    }
+    return Job(
+        kind="judge",
+        id=f"judge-{name}-{respond.id.removeprefix('respond-')}",
+        model=respond.model,
+        fingerprint=fingerprint(spec),
+        spec=spec,
+        evaluation=respond.evaluation,
+        judge=name,
+        needs=respond.id,
+    )

@@ -1,0 +1,336 @@
+"""Makes a plan from a recipe: every data set loaded, every plugin built, nothing run.
+
+No weight is loaded here, so every mistake costs seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from palimpsest.checkpoint import local_folder, resolved_revision, source_files_fingerprint
+from palimpsest.errors import RecipeError, UsageError, did_you_mean
+from palimpsest.jobs import (
+    Evaluation,
+    Job,
+    Plan,
+    PlannedModel,
+    judge_job,
+    numerics,
+    respond_job,
+    samples_sha256,
+    unlearn_job,
+)
+from palimpsest.plugins import build_plugin, option_values
+from palimpsest.recipe import NONE, CorpusSpec, EvaluateSpec, MethodSpec, ModelSpec, Recipe
+from palimpsest.sourcehash import module_sha256, plugin_sha256
+from palimpsest.sources import Source
+from palimpsest.splits import select, thin_out
+from palimpsest.store import fingerprint
+from palimpsest.types import Channel, ForgetRetain, Judge, Sample
+
+REMOTE_CHANNELS = ("chat", "generation")
+"""What a model that only gives text can be scored in."""
+CHOICE_TOKENS = 8
+"""Tokens generated for a multiple-choice answer: enough for the letter and to see what follows."""
+
+
+def make_plan(recipe: Recipe, *, allow_code: bool = False) -> Plan:
+    """Resolve a recipe: load and check every data set and plugin, and fingerprint every job.
+
+    Raises:
+        PalimpsestError: whatever is wrong, before any weight is loaded.
+    """
+    builder = _Builder(recipe, allow_code)
+    evaluations = builder.evaluations()
+    keys = [e.key for e in evaluations]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise RecipeError(f"evaluation {key!r} is there {keys.count(key)} times; rename one")
+    judges = {name: builder.judge(name) for e in evaluations for name in e.judges}
+    models = builder.models()
+    jobs: list[Job] = []
+    for model in models:
+        if model.method is not None:
+            jobs.append(unlearn_job(recipe, model))
+        for evaluation in evaluations:
+            if model.spec.remote is not None and evaluation.channel not in REMOTE_CHANNELS:
+                continue
+            respond = respond_job(recipe, model, evaluation)
+            jobs.append(respond)
+            jobs += [
+                judge_job(respond, evaluation, name, judges[name]) for name in evaluation.judges
+            ]
+    _check_lengths(models, evaluations)
+    return Plan(
+        recipe=recipe,
+        models=tuple(models),
+        evaluations=tuple(evaluations),
+        judges=judges,
+        jobs=tuple(jobs),
+        warnings=tuple(_overlaps(models, evaluations)),
+    )
+
+
+class _Builder:
+    """Builds plugins and loads data sets once each."""
+
+    def __init__(self, recipe: Recipe, allow_code: bool) -> None:
+        self.recipe = recipe
+        self.allow_code = allow_code
+        data = recipe.data
+        self.source = Source(
+            mirror=Path(data.mirror) if data.mirror else None,
+            cache=Path(data.cache) if data.cache else Path.home() / ".cache" / "palimpsest",
+            offline=data.offline,
+        )
+        self._loaded: dict[str, tuple[Any, list[Sample]]] = {}
+
+    def dataset(self, name: str, values: Mapping[str, Any], where: str) -> tuple[Any, list[Sample]]:
+        """Return the plugin and its samples; ids must be unique."""
+        key = fingerprint({"name": name, "options": dict(values)})
+        if key not in self._loaded:
+            plugin = build_plugin("datasets", name, values, where=where, allow_code=self.allow_code)
+            samples = plugin.load(self.source)
+            ids = [s.id for s in samples]
+            if len(set(ids)) != len(ids):
+                twice = next(i for i in ids if ids.count(i) > 1)
+                raise RecipeError(f"[{where}] data set {name!r} has the id {twice!r} twice")
+            self._loaded[key] = (plugin, samples)
+        return self._loaded[key]
+
+    def corpus(self, spec: CorpusSpec, where: str) -> tuple[Sample, ...]:
+        """Return the samples of a training corpus."""
+        plugin, samples = self.dataset(spec.dataset, spec.options, where)
+        chosen = select(samples, plugin.family, spec.split)
+        return tuple(thin_out(chosen, spec.limit))
+
+    def judge(self, name: str) -> Judge:
+        """Return a judge, set up by its `[judges.NAME]` table if there is one."""
+        values = dict(self.recipe.judges.get(name, {}))
+        use = values.pop("use", name)
+        judge: Judge = build_plugin(
+            "judges", use, values, where=f"judges.{name}", allow_code=self.allow_code
+        )
+        return judge
+
+    def rewrite(
+        self, samples: list[Sample], transform: str
+    ) -> tuple[list[Sample], Callable[[str], str] | None, str]:
+        """Return the samples under a transform, its `decode` if it has one, and that one's hash."""
+        if transform == NONE:
+            return samples, None, ""
+        values = dict(self.recipe.transforms.get(transform, {}))
+        use = values.pop("use", transform)
+        plugin = build_plugin(
+            "transforms", use, values, where=f"transforms.{transform}", allow_code=self.allow_code
+        )
+        rewritten: list[Sample] = plugin.rewrite(samples, seed=self.recipe.run.seed)
+        if [s.id for s in rewritten] != [s.id for s in samples]:
+            raise UsageError(f"transform {use!r} changed the number, order or ids of its samples")
+        decode = getattr(plugin, "decode", None)
+        used = fingerprint({"code": plugin_sha256(plugin), "options": option_values(plugin)})
+        return rewritten, decode, used if decode else ""
+
+    def evaluations(self) -> list[Evaluation]:
+        """Return every evaluation, with the comprehension checks that stand beside the safety ones."""
+        out: list[Evaluation] = []
+        for spec in self.recipe.evaluate:
+            out += self._expand(spec)
+            if spec.comprehension:
+                out += self._expand(
+                    dataclasses.replace(
+                        spec,
+                        name=f"{spec.name}-comprehension",
+                        dataset=spec.comprehension,
+                        options={},
+                        axis="comprehension",
+                        judges=(),
+                        subsets=(),
+                        comprehension="",
+                    )
+                )
+        return out
+
+    def _expand(self, spec: EvaluateSpec) -> list[Evaluation]:
+        where = f"evaluate.{spec.name}"
+        plugin, samples = self.dataset(spec.dataset, spec.options, where)
+        chosen = thin_out(select(samples, plugin.family, spec.split), spec.limit)
+        chosen = thin_out(chosen, self.recipe.run.limit)
+        tasks = {s.task for s in chosen}
+        if len(tasks) != 1:
+            raise RecipeError(f"[{where}] samples of several tasks in one set: {sorted(tasks)}")
+        task = tasks.pop()
+        channels = _channels(task, spec.channels, where)
+        known = {tag for s in chosen for tag in s.tags}
+        for tag in spec.subsets:
+            if tag not in known:
+                raise RecipeError(f"[{where}] subsets: no tag {tag!r}{did_you_mean(tag, known)}")
+        if spec.judges and task != "generate":
+            raise RecipeError(f"[{where}] judges have no effect on a {task!r} set; leave them out")
+        judges = (spec.judges or (plugin.judge,)) if task == "generate" else ()
+        out = []
+        for transform in spec.transforms:
+            rewritten, decode, decode_sha256 = self.rewrite(chosen, transform)
+            for channel in channels:
+                limit = CHOICE_TOKENS if channel == "generation" else spec.max_new_tokens
+                out.append(
+                    Evaluation(
+                        name=spec.name,
+                        dataset=spec.dataset,
+                        axis=spec.axis or plugin.axis,
+                        transform=transform,
+                        channel=channel,
+                        split=spec.split,
+                        family=plugin.family,
+                        judges=tuple(judges),
+                        subsets=spec.subsets,
+                        max_new_tokens=limit,
+                        originals=tuple(chosen),
+                        samples=tuple(rewritten),
+                        decode=decode,
+                        decode_sha256=decode_sha256,
+                        sha256=samples_sha256(rewritten),
+                    )
+                )
+        return out
+
+    def models(self) -> list[PlannedModel]:
+        """Return the given models, then the ones that methods make."""
+        given = {spec.name: _given(spec) for spec in self.recipe.models}
+        return [*given.values(), *(self._unlearned(m, given) for m in self.recipe.methods)]
+
+    def _unlearned(self, method: MethodSpec, given: Mapping[str, PlannedModel]) -> PlannedModel:
+        where = f"methods.{method.name}"
+        plugin = build_plugin(
+            "methods", method.use, method.options, where=where, allow_code=self.allow_code
+        )
+        training = method.training or self.recipe.training
+        if training is None:
+            raise RecipeError(f"[{where}] has no training data")
+        data = ForgetRetain(
+            forget=self.corpus(training.forget, f"{where}.forget"),
+            retain=self.corpus(training.retain, f"{where}.retain") if training.retain else (),
+        )
+        check = getattr(plugin, "check", None)
+        if check is not None:
+            check(data)
+        start = given[method.start or self.recipe.original.name]
+        spec = {
+            "start": start.fingerprint,
+            "method": method.use,
+            "options": option_values(plugin),
+            "scope": option_values(method.scope),
+            "forget": samples_sha256(data.forget),
+            "retain": samples_sha256(data.retain),
+            "seed": self.recipe.run.seed,
+            "numerics": numerics(self.recipe),
+            "plugin": plugin_sha256(plugin),
+            "model": module_sha256("model"),
+        }
+        return PlannedModel(
+            name=method.name,
+            role="unlearned",
+            fingerprint=fingerprint(spec),
+            spec=start.spec,
+            revision=start.revision,
+            method=method,
+            plugin=plugin,
+            data=data,
+        )
+
+
+def _check_lengths(models: Sequence[PlannedModel], evaluations: Sequence[Evaluation]) -> None:
+    """Refuse an answer length that leaves no room for a prompt in a model's context."""
+    for model in models:
+        folder = local_folder(model.spec.source) if model.spec.remote is None else None
+        path = folder / "config.json" if folder is not None else None
+        if path is None or not path.is_file():
+            continue
+        config = json.loads(path.read_text(encoding="utf-8"))
+        context = config.get("max_position_embeddings") or config.get("n_positions")
+        for evaluation in evaluations:
+            if evaluation.channel == "chat" and context and evaluation.max_new_tokens >= context:
+                raise RecipeError(
+                    f"[evaluate.{evaluation.name}] max_new_tokens = {evaluation.max_new_tokens} leaves no "
+                    f"room for a prompt: the context of {model.name} is {context} tokens"
+                )
+
+
+def _given(spec: ModelSpec) -> PlannedModel:
+    """Return a model that exists; a hub id is pinned to the commit that it means now."""
+    if spec.remote is not None:
+        return PlannedModel(
+            name=spec.name,
+            role=spec.role,
+            spec=spec,
+            revision=None,
+            fingerprint=fingerprint({"remote": spec.remote.identity()}),
+        )
+    revision = resolved_revision(spec.source, spec.revision)
+    files = source_files_fingerprint(spec.source, revision)
+    return PlannedModel(
+        name=spec.name,
+        role=spec.role,
+        spec=spec,
+        revision=revision,
+        fingerprint=fingerprint(
+            {
+                "files": files,
+                "trust_remote_code": spec.trust_remote_code,
+                "device_map": spec.device_map,
+                "quantization": spec.quantization,
+            }
+        ),
+    )
+
+
+def _channels(task: str, wanted: Sequence[Channel], where: str) -> tuple[Channel, ...]:
+    allowed: dict[str, tuple[Channel, ...]] = {
+        "choose": ("letter", "cloze", "generation"),
+        "generate": ("chat",),
+        "perplexity": ("perplexity",),
+    }
+    for channel in wanted:
+        if channel not in allowed[task]:
+            raise RecipeError(
+                f"[{where}] channel {channel!r} does not fit a {task!r} set; "
+                f"possible: {', '.join(allowed[task])}"
+            )
+    return tuple(wanted) or allowed[task][:1]
+
+
+def _overlaps(models: Sequence[PlannedModel], evaluations: Sequence[Evaluation]) -> list[str]:
+    """Return a warning for each set that shares prompts with training data.
+
+    Knowledge sets ask about the forget set by design; only retain data count there.
+    """
+    names: dict[str, list[str]] = {}
+    for model in models:
+        if model.data is None:
+            continue
+        for name, corpus in (("forget", model.data.forget), ("retain", model.data.retain)):
+            trained = {_text(s) for s in corpus}
+            for evaluation in evaluations:
+                if evaluation.transform != NONE or (evaluation.axis, name) == (
+                    "knowledge",
+                    "forget",
+                ):
+                    continue
+                shared = sum(_text(s) in trained for s in evaluation.originals)
+                if shared:
+                    text = (
+                        f"{shared} of {len(evaluation.originals)} prompts of {evaluation.key} "
+                        f"({evaluation.axis}) are also {name} data: they measure training, not "
+                        "generalisation"
+                    )
+                    names.setdefault(text, []).append(model.name)
+    return [f"{', '.join(who)}: {text}" for text, who in names.items()]
+
+
+def _text(sample: Sample) -> str:
+    """Return what is compared: the last thing that the user says, or the text."""
+    return sample.messages[-1].content

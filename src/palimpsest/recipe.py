@@ -1,0 +1,371 @@
+"""A recipe: what to load, unlearn, evaluate and report, as one TOML file and one frozen object."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from palimpsest.errors import MissingFileError, RecipeError, UsageError, did_you_mean
+from palimpsest.overrides import apply_sets
+from palimpsest.plugins import build_options, option_fields, option_values, options
+from palimpsest.remote_options import RemoteOptions, check_remote
+from palimpsest.types import Axis, Channel, Split, TrainScope
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NONE = "none"
+"""The name of the transform that leaves prompts as they are."""
+
+
+@options
+class RunSpec:
+    """`[run]`: the study's name and what holds for all of it."""
+
+    name: str
+    """Shown in the report."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """The only source of randomness: training order, sampling, bootstrap."""
+    trackers: tuple[str, ...] = ()
+    """Where losses and results are logged, too: trackio, wandb, mlflow, tensorboard. Empty: nowhere."""
+    limit: int | None = None
+    """Score only `limit` samples of each evaluation, spread over the set; training is not limited."""
+
+
+@options
+class DataSpec:
+    """`[data]`: where data files come from."""
+
+    mirror: str = ""
+    """Folder that holds copies of public files; looked at first. Empty: none."""
+    cache: str = ""
+    """Folder for downloads. Empty: the user's cache folder."""
+    offline: bool = False
+    """Never open a connection."""
+
+
+@options
+class Numerics:
+    """`[numerics]`: all that can change the last bits of a number."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Weights' type."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads; 0 leaves torch's choice. Results are bit-identical only for the same number."""
+    batch_tokens: int = 8192
+    """Tokens per batch, padding included."""
+
+
+@options
+class ModelSpec:
+    """`[[models]]`: a model that exists already."""
+
+    name: str
+    """Keys tables and reports."""
+    source: str = ""
+    """Folder, hub id, or `sandbox/original` and the like; empty for a remote model."""
+    remote: RemoteOptions | None = None
+    """An OpenAI-compatible server instead of weights: evaluated in chat and generation only."""
+    role: Literal["original", "control", "other"] = "other"
+    """Exactly one model is the original: methods start from it and differences are against it."""
+    revision: str | None = None
+    """Hub commit, tag or branch."""
+    device_map: str | None = None
+    """`auto` and the like spread a model over several GPUs; None = one device."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Load in 8 or 4 bits (extra `quant`); such a model can be evaluated, not trained."""
+    trust_remote_code: bool = False
+    """Run code that comes with this model. Off unless you have read that code."""
+
+
+@options
+class CorpusSpec:
+    """A training corpus: a data set, its options, and which split of it."""
+
+    dataset: str
+    """Data set plugin."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The data set's options."""
+    split: Split = "all"
+    """Which part of the registered split trains."""
+    limit: int | None = None
+    """So many samples, spread over the set; None takes all."""
+
+
+@options
+class TrainingSpec:
+    """`[training]`: what is to be forgotten and what is to be kept."""
+
+    forget: CorpusSpec
+    """Forget set."""
+    retain: CorpusSpec | None = None
+    """Retain set; None for methods that need none."""
+
+
+@options
+class ScopeSpec:
+    """`scope`: which parameters an unlearning method trains (see `types.TrainScope`)."""
+
+    kind: Literal["all", "lora", "params"] = "all"
+    """`all`, `lora`, or `params` (those whose name matches `pattern`)."""
+    pattern: str = ""
+    """Regular expression, for `params`."""
+    rank: int = 16
+    """LoRA rank."""
+    alpha: float = 16.0
+    """LoRA alpha; the scale is alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Last name parts of the layers that get an adapter; empty = all linear layers of the blocks."""
+
+
+@options
+class MethodSpec:
+    """`[[methods]]`: an unlearning run; every other key of the table is an option of the method."""
+
+    name: str
+    """Keys tables and reports; the same method may appear under several names."""
+    use: str
+    """Method plugin; `name` when left out."""
+    start: str = ""
+    """Name of the model to unlearn; empty = the original."""
+    training: TrainingSpec | None = None
+    """This method's own data; None = the recipe's `[training]`."""
+    scope: ScopeSpec = ScopeSpec()
+    """Which parameters train."""
+    checkpoint_every: int = 25
+    """Optimiser steps between training checkpoints; 0 = none."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the method plugin."""
+
+    def train_scope(self) -> TrainScope:
+        """Return the scope in the words of `types`."""
+        return TrainScope(**{k: getattr(self.scope, k) for k in option_fields(ScopeSpec)})
+
+
+@options
+class EvaluateSpec:
+    """`[[evaluate]]`: a data set, under transforms, in channels, by judges."""
+
+    name: str
+    """Keys tables; the data set's name when left out."""
+    dataset: str
+    """Data set plugin."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The data set's options."""
+    axis: Axis | None = None
+    """Overrides the data set's axis."""
+    transforms: tuple[str, ...] = (NONE,)
+    """Transform plugins (or `[transforms.NAME]` tables), each evaluated on its own."""
+    channels: tuple[Channel, ...] = ()
+    """For multiple choice: letter, cloze, generation. Empty = letter; other tasks have one channel."""
+    judges: tuple[str, ...] = ()
+    """Judge plugins for generated answers; empty = the data set's own."""
+    comprehension: str = ""
+    """Data set of harmless questions asked under the same transforms; empty = not measured."""
+    subsets: tuple[str, ...] = ()
+    """Tags whose values are reported separately, too."""
+    split: Split = "test"
+    """Which part of the registered split is scored."""
+    max_new_tokens: int = 512
+    """Length limit of generated answers."""
+    limit: int | None = None
+    """So many samples, spread over the set; None takes all."""
+
+
+@options
+class Recipe:
+    """A whole study, resolved: defaults filled in, overrides applied."""
+
+    run: RunSpec
+    """Name, seed, limit."""
+    data: DataSpec = DataSpec()
+    """Where files come from."""
+    numerics: Numerics = Numerics()
+    """What can change the last bits."""
+    models: tuple[ModelSpec, ...]
+    """Models that exist already."""
+    training: TrainingSpec | None = None
+    """Forget and retain sets shared by the methods."""
+    methods: tuple[MethodSpec, ...] = ()
+    """Unlearning runs."""
+    evaluate: tuple[EvaluateSpec, ...]
+    """Evaluations; each model goes through all of them."""
+    transforms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Named transform settings: `use` and options."""
+    judges: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Named judge settings: `use` and options."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, as stored beside the results."""
+        return option_values(self)
+
+    @property
+    def original(self) -> ModelSpec:
+        """The model that is unlearned and compared with."""
+        return next(m for m in self.models if m.role == "original")
+
+
+def recipe_path(name: str) -> Path:
+    """Return the file of a recipe: a path, or the name of one that comes with the package."""
+    path = Path(name)
+    if path.suffix == ".toml" or path.is_file():
+        if not path.is_file():
+            raise MissingFileError(f"recipe {name!r} does not exist (looked in {Path.cwd()})")
+        return path
+    package = Path(__file__).parent
+    known: dict[str, Path] = {}
+    for folder in (package / "recipes", package.parent.parent / "recipes"):
+        known.update({p.stem: p for p in sorted(folder.glob("*.toml"))})
+    if name not in known:
+        raise RecipeError(f"no recipe named {name!r}{did_you_mean(name, known)}")
+    return known[name]
+
+
+def load_recipe(
+    path: Path, *, sets: Sequence[str] = (), seed: int | None = None, limit: int | None = None
+) -> Recipe:
+    """Read a recipe file and apply overrides.
+
+    Args:
+        path: TOML file.
+        sets: `key=value` overrides; the key is dotted, entries of lists are reached by name or
+            number (`methods.npo.beta=0.2`), the value is TOML (bare words are strings).
+        seed: overrides `run.seed`.
+        limit: overrides `run.limit`.
+
+    Raises:
+        RecipeError: a key, value or name is wrong; the message names the table and the key.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid TOML: {error}") from error
+    apply_sets(data, sets)
+    if seed is not None:
+        data.setdefault("run", {})["seed"] = seed
+    if limit is not None:
+        data.setdefault("run", {})["limit"] = limit
+    try:
+        return make_recipe(data)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def make_recipe(data: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of plain data (what TOML gives).
+
+    Raises:
+        RecipeError: see `load_recipe`.
+    """
+    values = dict(data)
+    try:
+        _check_tables(values)
+        methods = [_method(dict(m)) for m in values.pop("methods", [])]
+        evaluate = [_evaluation(dict(e)) for e in values.pop("evaluate", [])]
+        recipe = build_options(
+            Recipe, values | {"methods": methods, "evaluate": evaluate}, where=""
+        )
+    except RecipeError:
+        raise
+    except UsageError as error:
+        raise RecipeError(str(error)) from error
+    _check(recipe)
+    return recipe
+
+
+def _check_tables(values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if key not in option_fields(Recipe):
+            raise RecipeError(f"unknown table [{key}]{did_you_mean(key, option_fields(Recipe))}")
+        is_list = key in {"models", "methods", "evaluate"}
+        if not isinstance(value, list if is_list else dict):
+            raise RecipeError(f"{key} must be written as {'[[%s]]' if is_list else '[%s]'}" % key)
+        if is_list and not all(isinstance(entry, dict) for entry in value):
+            raise RecipeError(f"{key} must be a list of tables ([[{key}]]), got {value!r}")
+    for key in ("run", "models", "evaluate"):
+        if not values.get(key):
+            raise RecipeError(f"[{key}] is missing: a recipe needs run, models and evaluate")
+
+
+def _method(table: dict[str, Any]) -> MethodSpec:
+    """Split a `[[methods]]` table into the recipe's own keys and the plugin's options."""
+    own = {k: table.pop(k) for k in list(table) if k in option_fields(MethodSpec)}
+    own.setdefault("use", own.get("name", ""))
+    if isinstance(own.get("scope"), str):  # scope = "lora" is short for scope = { kind = "lora" }
+        own["scope"] = {"kind": own["scope"]}
+    given = own.get("options", {})
+    if not isinstance(given, dict):
+        raise RecipeError(
+            f"[methods.{own.get('name', '?')}] options must be a table, got {given!r}"
+        )
+    own["options"] = given | table
+    return build_options(MethodSpec, own, where=f"methods.{own.get('name', '?')}")
+
+
+def _evaluation(table: dict[str, Any]) -> EvaluateSpec:
+    table.setdefault("name", table.get("dataset", ""))
+    return build_options(EvaluateSpec, table, where=f"evaluate.{table['name'] or '?'}")
+
+
+def _check(recipe: Recipe) -> None:
+    names = [m.name for m in recipe.models] + [m.name for m in recipe.methods]
+    for kind, group in (
+        ("model or method", names),
+        ("evaluation", [e.name for e in recipe.evaluate]),
+    ):
+        for name in group:
+            if not NAME.fullmatch(name):
+                raise RecipeError(
+                    f"{kind} name {name!r}: use letters, digits, dot, dash and underscore"
+                )
+            if group.count(name) > 1:
+                raise RecipeError(f"{kind} name {name!r} is used {group.count(name)} times")
+    originals = [m.name for m in recipe.models if m.role == "original"]
+    if len(originals) != 1:
+        raise RecipeError(
+            f'exactly one model needs role = "original", found {len(originals)}: {originals}'
+        )
+    for model in recipe.models:
+        if bool(model.source) == (model.remote is not None):
+            raise RecipeError(f"models.{model.name}: give either source or remote")
+        if model.remote is not None:
+            check_remote(model.remote)
+    for method in recipe.methods:
+        if method.training is None and recipe.training is None:
+            raise RecipeError(f"methods.{method.name}: no [training] data in the recipe")
+        start = method.start or recipe.original.name
+        if any(m.name == start and m.remote is not None for m in recipe.models):
+            raise RecipeError(
+                f"methods.{method.name}: {start!r} is remote, its weights are elsewhere"
+            )
+        if method.start and method.start not in {m.name for m in recipe.models}:
+            raise RecipeError(
+                f"methods.{method.name}: start {method.start!r} is no model"
+                f"{did_you_mean(method.start, [m.name for m in recipe.models])}"
+            )
+    _check_numbers(recipe)
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    """Refuse counts below 1: an empty set is an error, never a score."""
+    counts: dict[str, int | None] = {
+        "run.limit": recipe.run.limit,
+        "numerics.batch_tokens": recipe.numerics.batch_tokens,
+    }
+    for entry in recipe.evaluate:
+        counts[f"evaluate.{entry.name}.limit"] = entry.limit
+        counts[f"evaluate.{entry.name}.max_new_tokens"] = entry.max_new_tokens
+    trainings = {f"methods.{m.name}.training": m.training for m in recipe.methods}
+    for where, training in ({"training": recipe.training} | trainings).items():
+        if training is not None:
+            counts[f"{where}.forget.limit"] = training.forget.limit
+            counts[f"{where}.retain.limit"] = training.retain.limit if training.retain else None
+    for key, count in counts.items():
+        if count is not None and count < 1:
+            raise RecipeError(f"{key} must be at least 1, got {count}")
