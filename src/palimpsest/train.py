@@ -1,0 +1,374 @@
+"""The one training loop: a loss that returns named terms, and `fit`, which does all the rest.
+
+Single device, plain torch: accumulation, clipping, schedules, autocast, live log, checkpoints,
+exact resume. A method is a function from a batch to `Term`s; it never sees the optimiser.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import ArgsKwargs, PydanticCustomError
+from torch import Tensor, nn
+
+from palimpsest.batches import Batch, Corpora, Padded, Unit, batches_at, derive_seed
+from palimpsest.errors import LossError, ModelError
+from palimpsest.plugins import option_values, options
+from palimpsest.resume import LossLog, TrainingCheckpoints
+from palimpsest.scope import Masters
+from palimpsest.sourcehash import plugin_sha256
+
+if TYPE_CHECKING:
+    from palimpsest.scope import Trained
+    from palimpsest.types import RunContext
+
+Precision = Literal["float32", "bfloat16"]
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
+"""In the text of the plain RuntimeErrors with which a device says that its memory is used up."""
+Rate = Annotated[float, Field(gt=0, le=1e30)]
+Moment = Annotated[float, Field(ge=0, lt=1)]
+
+
+@options
+class FitOptions:
+    """How a gradient method trains. Give `steps` or `epochs`, not both.
+
+    A method subclasses this as its `Fit`, with defaults of its own, so that a recipe (or
+    `NPO(fit=NPO.Fit(lr=1e-4))`) which sets one option keeps the method's other defaults.
+    """
+
+    steps: Annotated[int, Field(ge=0)] | None = None
+    """Optimiser steps; 0 returns the start model."""
+    epochs: Annotated[Annotated[float, Field(gt=0)] | None, Field(validate_default=True)] = None
+    """Passes over the forget set, rounded up to whole optimiser steps."""
+    lr: Rate = 1e-5
+    """Peak learning rate of AdamW."""
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    """Forget sequences per forward pass; as many retain sequences go with them."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Forward passes per optimiser step, which thus sees `batch_size` x `accumulate` sequences. A
+    smaller `batch_size` with a larger `accumulate` of the same product trains alike in less memory."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps over which the learning rate rises linearly from 0; 0 = none."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """The learning rate after warm-up: stays, or falls to 0 at the end."""
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest gradient norm; 0 = no clipping."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decay, on matrices only (norms and biases have none)."""
+    betas: tuple[Moment, Moment] = (0.9, 0.999)
+    """AdamW's moments."""
+    precision: Precision = "float32"
+    """`bfloat16` runs the forward pass in autocast; `float32` uses the model's own dtype. Either way
+    updates add up in float32, also where the model was loaded in bfloat16."""
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    """Longest training sequence in tokens; none given = the model's own limit."""
+    dropout: bool = False
+    """Whether the model's dropout is on while training (seeded by seed and step)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given_length_wins(cls, data: Any) -> Any:
+        """Let a given `steps` replace a method's default `epochs`, and the other way round."""
+        given = data.kwargs if isinstance(data, ArgsKwargs) else data
+        if isinstance(given, Mapping) and len({"steps", "epochs"} & set(given)) == 1:
+            merged = {"steps": None, "epochs": None} | dict(given)
+            return ArgsKwargs(data.args, merged) if isinstance(data, ArgsKwargs) else merged
+        return data
+
+    @field_validator("epochs")
+    @classmethod
+    def _one_length(cls, epochs: float | None, info: ValidationInfo) -> float | None:
+        if "steps" in info.data and (info.data["steps"] is None) == (epochs is None):
+            raise PydanticCustomError("one_length", "give either steps or epochs, and not both")
+        return epochs
+
+    def num_steps(self, num_forget: int) -> int:
+        """Return the optimiser steps for a forget set of this size."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return math.ceil(self.epochs * num_forget / (self.batch_size * self.accumulate))
+
+    def lr_factor(self, step: int, total: int) -> float:
+        """Return the learning rate of a step (from 0), as a share of the peak."""
+        warmup = round(self.warmup * total)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = (step - warmup) / max(1, total - warmup)
+        if self.schedule == "linear":
+            return 1.0 - done
+        return 0.5 * (1.0 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One named part of a loss.
+
+    Attributes:
+        sum: summed over the micro-batch, with its graph.
+        per: what the mean is taken over; `fit` divides by that count over the whole optimiser step.
+        weight: factor in the total loss; negative ascends. The log shows the term without it.
+    """
+
+    sum: Tensor
+    per: Unit
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitLog:
+    """What happened in a training run.
+
+    Attributes:
+        steps: optimiser steps done, earlier sessions included. total: those planned.
+        stopped: why training ended early; None if it did not.
+        resumed_from: the step at which this session began; 0 = from the start.
+        terms: the last step's mean of every named term.
+        notices: about checkpoints that were there and not used.
+    """
+
+    steps: int
+    total: int
+    stopped: str | None
+    resumed_from: int
+    terms: dict[str, float]
+    notices: tuple[str, ...]
+
+
+def forward_logits(model: Callable[..., Any], batch: Padded) -> Tensor:
+    """Return the model's logits, (B, T, V), with explicit positions: padding has no effect."""
+    return model(
+        input_ids=batch.ids_BT,
+        attention_mask=batch.tokens_BT.long(),
+        position_ids=batch.positions_BT,
+        use_cache=False,
+    ).logits
+
+
+def fit_fingerprint(method: Any, corpora: Corpora, ctx: RunContext, weights: str) -> str:
+    """Return a hash of all that decides a training run: a checkpoint with another one is not used.
+
+    Args:
+        method: the plugin; its options and its source count.
+        corpora: the tokenised data.
+        ctx: its seed and scope count.
+        weights: hash of the start weights.
+    """
+    values = {
+        "method": f"{type(method).__module__}.{type(method).__qualname__}",
+        "options": option_values(method),
+        "source": plugin_sha256(method),
+        "forget": corpora.forget.digest,
+        "retain": corpora.retain.digest if corpora.retain else None,
+        "scope": asdict(ctx.scope),
+        "seed": ctx.seed,
+        "weights": weights,
+        "torch": torch.__version__,
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def fit(
+    trained: Trained,
+    loss: Callable[[Batch], Mapping[str, Term]],
+    corpora: Corpora,
+    settings: FitOptions,
+    ctx: RunContext,
+    *,
+    fingerprint: str,
+    stop_when: Callable[[Mapping[str, float]], str | None] | None = None,
+) -> FitLog:
+    """Train, and return what happened.
+
+    Each term's mean is taken over all of an optimiser step's data. Every step draws its batches
+    and seeds its generators from (seed, step) alone, so a run that was killed and resumed from
+    `ctx.out` is bit-identical to one that was not (same machine, versions, threads).
+
+    Args:
+        trained: the model and the parameters that train (`scope.open_scope`).
+        loss: from a micro-batch to named terms.
+        corpora: the tokenised data.
+        settings: how to train.
+        ctx: seed, folder, progress, `checkpoint_every`.
+        fingerprint: names this configuration; only a checkpoint that carries it is resumed.
+        stop_when: gets a step's term means; a text ends training *before* that step's update.
+
+    Raises:
+        LossError: a term, the gradient or a trained weight is NaN or infinite.
+        ModelError: the memory of the device is used up.
+        StoreError: the disk is full. Whatever is raised, the last checkpoint stays.
+    """
+    total = settings.num_steps(len(corpora.forget))
+    stopped: str | None = None
+    with _training(trained.model, dropout=settings.dropout):
+        masters = Masters.of(trained.parameters)
+        optimiser = _optimiser(masters.parameters, settings)
+        saved = TrainingCheckpoints(ctx.out, fingerprint) if ctx.out is not None else None
+        first, notices = saved.restore(masters.parameters, optimiser) if saved else (0, ())
+        masters.write_back()
+        done = first
+        with closing(LossLog(ctx.out, first_step=first)) as log:
+            means: Mapping[str, float] = log.last_terms
+            for step in range(first, total):
+                torch.manual_seed(derive_seed(ctx.seed, "step", step))
+                entry = _step(trained, masters, loss, corpora, settings, ctx.seed, step, total)
+                means = entry["terms"]
+                stopped = stop_when(means) if stop_when else None
+                log.write(entry | ({"stopped": stopped} if stopped else {}))
+                ctx.progress(step + 1, total, " ".join(f"{k} {v:.3g}" for k, v in means.items()))
+                if stopped:
+                    break
+                _update(optimiser, masters, entry["lr"])
+                done = step + 1
+                if saved and ctx.checkpoint_every and done % ctx.checkpoint_every == 0:
+                    _check_finite(trained.parameters, done)
+                    saved.save(done, masters.parameters, optimiser)
+        _check_finite(trained.parameters, done)
+    terms = dict(means)
+    return FitLog(
+        steps=done, total=total, stopped=stopped, resumed_from=first, terms=terms, notices=notices
+    )
+
+
+def _step(
+    trained: Trained,
+    masters: Masters,
+    loss: Callable[[Batch], Mapping[str, Term]],
+    corpora: Corpora,
+    settings: FitOptions,
+    seed: int,
+    step: int,
+    total: int,
+) -> dict[str, Any]:
+    """Fill the (clipped) gradients of one optimiser step and return its log line."""
+    device = next(iter(trained.parameters.values())).device
+    batches = batches_at(
+        corpora,
+        step=step,
+        total=total,
+        batch_size=settings.batch_size,
+        accumulate=settings.accumulate,
+        seed=seed,
+        device=device,
+    )
+    sums: dict[str, Tensor] = {}
+    units: dict[str, Unit] = {}
+    weights: dict[str, float] = {}
+    for batch in batches:
+        with autocast(device, settings.precision):
+            terms = loss(batch)
+        objective = torch.zeros((), device=device)
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0) + term.sum.detach()
+            units[name], weights[name] = term.per, term.weight
+            objective = objective + term.sum * (term.weight / _count(batches, term.per))
+        objective.backward()
+        masters.take_gradients()
+    parameters = [p for p in masters.parameters.values() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    names = list(sums)
+    scalars = [s.to(objective.dtype) for s in (*sums.values(), norm)]
+    *values, grad_norm = torch.stack(scalars).tolist()
+    means = {n: v / _count(batches, units[n]) for n, v in zip(names, values, strict=True)}
+    for name, value in (*means.items(), ("gradient norm", grad_norm)):
+        if not math.isfinite(value):
+            raise LossError(
+                f"loss term {name!r} is {value} at step {step}; lower the learning rate or the "
+                "term's weight, or use float32 (the last checkpoint is unharmed)"
+            )
+    if settings.clip:
+        nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm)
+    return {
+        "step": step,
+        "loss": sum(weights[n] * means[n] for n in names),
+        "terms": means,
+        "counts": {n: _count(batches, units[n]) for n in names},
+        "lr": settings.lr * settings.lr_factor(step, total),
+        "grad_norm": grad_norm,
+    }
+
+
+def _count(batches: list[Batch], unit: Unit) -> int:
+    return sum(batch.count(unit) for batch in batches)
+
+
+def _update(optimiser: torch.optim.Optimizer, masters: Masters, lr: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    masters.write_back()
+
+
+@torch.no_grad()
+def _check_finite(parameters: Mapping[str, nn.Parameter], done: int) -> None:
+    for name, parameter in parameters.items():
+        if not bool(torch.isfinite(parameter).all()):
+            raise LossError(
+                f"training diverged: {name} is NaN or infinite after {done} steps; lower the learning "
+                "rate (nothing of it was saved; the last checkpoint is unharmed)"
+            )
+
+
+@contextmanager
+def memory_errors(what: str) -> Iterator[None]:
+    """Turn the end of a device's memory into a ModelError of one line that says what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+            mark in str(error) for mark in OUT_OF_MEMORY
+        )
+        if not is_memory:
+            raise
+        said = ". ".join(str(error).split("\n")[0].split(". ")[:2])
+        raise ModelError(
+            f"{what} needs more memory than there is ({said}): give fit a smaller batch_size with a "
+            "larger accumulate (the same product trains alike), train with scope lora, or leave out "
+            "the longest texts (max_length names them)"
+        ) from error
+
+
+def _optimiser(
+    parameters: Mapping[str, nn.Parameter], settings: FitOptions
+) -> torch.optim.Optimizer:
+    matrices = [p for p in parameters.values() if p.ndim >= 2]
+    vectors = [p for p in parameters.values() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas
+    )
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Return the context in which forward passes run."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+@contextmanager
+def _training(model: nn.Module, *, dropout: bool) -> Iterator[None]:
+    """Switch dropout on or off in every module, and back on leaving; keep the random state apart."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(dropout)
+    try:
+        with (
+            memory_errors("training"),
+            torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        ):
+            yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        for module, flag in before:
+            module.training = flag
