@@ -1,0 +1,1 @@
+"""Unlearning methods, one per file; the folder is the registry (`palimpsest.plugins`)."""

@@ -1,0 +1,81 @@
+"""What a fine-tune changes in the weights, learned and then taken back; shared in this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from palimpsest.losses import cross_entropy_sum
+from palimpsest.scope import open_scope
+from palimpsest.train import Term, fit, forward_logits
+from palimpsest.weights import adapted_weights, adapter_deltas, restore_start, snapshot
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from palimpsest.batches import Batch, Corpora
+    from palimpsest.scope import Trained
+    from palimpsest.train import FitLog, FitOptions
+    from palimpsest.types import RunContext
+
+Loss = Callable[["Batch"], Mapping[str, Term]]
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What training changed.
+
+    Attributes:
+        delta: parameter name in the plain model -> change, float32 or wider, in main memory.
+        log: what happened.
+    """
+
+    delta: dict[str, Tensor]
+    log: FitLog
+
+
+def learn_delta(
+    model: nn.Module,
+    make_loss: Callable[[Trained], Loss],
+    corpora: Corpora,
+    settings: FitOptions,
+    ctx: RunContext,
+    *,
+    fingerprint: str,
+) -> Learned:
+    """Train, return what that changed, and leave the model with its start weights, bit for bit.
+
+    No second model is held on the device: the start values of what trains wait in main memory. With
+    a LoRA scope the change is the adapters' product itself, not the difference of rounded weights.
+
+    Args:
+        model: the start model; a resumed run is given the start weights, too.
+        make_loss: from the opened scope to a loss.
+        corpora: the tokenised data.
+        settings: how to train.
+        ctx: seed, scope, folder, progress.
+        fingerprint: names this training (`train.fit_fingerprint`).
+    """
+    plain = dict(model.named_parameters())
+    with open_scope(model, ctx.scope, seed=ctx.seed) as trained:
+        trains = {id(p) for p in trained.parameters.values()} | adapted_weights(trained.model)
+        changing = {name: p for name, p in plain.items() if id(p) in trains}
+        start = snapshot(changing)
+        log = fit(trained, make_loss(trained), corpora, settings, ctx, fingerprint=fingerprint)
+        adapters = adapter_deltas(trained.model)
+    delta = restore_start(changing, start)
+    exact = {name: adapters[id(p)] for name, p in changing.items() if id(p) in adapters}
+    return Learned({**delta, **exact}, log)
+
+
+def answer_loss(trained: Trained) -> Loss:
+    """Return plain fine-tuning on `forget`: mean -log p of its answer tokens."""
+
+    def loss(batch: Batch) -> dict[str, Term]:
+        forget = batch.forget
+        logits_BTV = forward_logits(trained.model, forget)
+        total = cross_entropy_sum(logits_BTV, forget.ids_BT, forget.targets_BT)
+        return {"forget": Term(total, "forget.targets")}
+
+    return loss

@@ -1,0 +1,110 @@
+"""Retain terms and the frame of an unlearning run, shared by the methods in this folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from palimpsest import disk
+from palimpsest.batches import Corpora, encode_corpora
+from palimpsest.losses import cross_entropy_sum, kl_sum
+from palimpsest.model import weights_sha256
+from palimpsest.scope import check_scope, check_trainable
+from palimpsest.train import Term, fit_fingerprint, forward_logits
+
+if TYPE_CHECKING:
+    from palimpsest.batches import Batch
+    from palimpsest.model import LM
+    from palimpsest.scope import Trained
+    from palimpsest.train import FitLog
+    from palimpsest.types import ForgetRetain, RunContext
+
+Retain = Literal["none", "nll", "kl"]
+
+
+def check_retain_weight(weight: float, info: ValidationInfo) -> float:
+    """Refuse, as a field's validator, a weight that has no effect or makes its term idle."""
+    kind = info.data.get("retain")
+    if kind == "none" and weight != 1.0:
+        raise PydanticCustomError("idle", "it has no effect with retain = 'none'; remove it")
+    if kind in ("nll", "kl") and weight == 0.0:
+        raise PydanticCustomError("idle", "it makes the retain term idle; set retain = 'none'")
+    return weight
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What an unlearning run begins with.
+
+    Attributes:
+        corpora: the tokenised data.
+        weights: hash of the start weights; empty where nothing is stored.
+        fingerprint: names this configuration (`train.fit_fingerprint`).
+    """
+
+    corpora: Corpora
+    weights: str
+    fingerprint: str
+
+
+def begin(method: Any, lm: LM, data: ForgetRetain, ctx: RunContext, *, retain: bool) -> Start:
+    """Check model, scope and data before anything is computed; tokenise and hash them.
+
+    Raises:
+        DataError: a set is empty, or a sample has nothing to train on or is too long.
+        ModelError: the model cannot be trained as it was loaded, or `max_length` passes its context.
+        UsageError: the scope is wrong.
+    """
+    check_scope(ctx.scope)
+    check_trainable(lm.model)
+    corpora = encode_corpora(lm, data, retain=retain, max_length=method.fit.max_length)
+    weights = weights_sha256(lm.model) if ctx.out is not None else ""
+    return Start(corpora, weights, fit_fingerprint(method, corpora, ctx, weights))
+
+
+def retain_term(
+    trained: Trained, kind: Retain, weight: float
+) -> Callable[[Batch], dict[str, Term]]:
+    """Return the retain part of a loss: `nll`, or `kl` to the start model, on answer tokens.
+
+    For `kl` the start model is exact and frozen: copies of the parameters that train, as they are
+    when this is called (before training), put in their place for one more forward pass without
+    gradients; all other parameters are shared. With LoRA these are the fresh adapters, which change
+    nothing, so no second set of base weights exists.
+    """
+    frozen = trained.frozen() if kind == "kl" else {}
+
+    def term(batch: Batch) -> dict[str, Term]:
+        if kind == "none":
+            return {}
+        assert batch.retain is not None
+        retain = batch.retain
+        logits_BTV = forward_logits(trained.model, retain)
+        if kind == "nll":
+            total = cross_entropy_sum(logits_BTV, retain.ids_BT, retain.targets_BT)
+        else:
+            ref_BTV = forward_logits(lambda **inputs: trained.call_frozen(frozen, **inputs), retain)
+            total = kl_sum(ref_BTV, logits_BTV, retain.targets_BT)
+        return {"retain": Term(total, "retain.targets", weight)}
+
+    return term
+
+
+def hand_over(lm: LM, log: FitLog, ctx: RunContext, **measured: float) -> LM:
+    """Write the `FitLog` to `fit.json`, close the handle, return a new one on its weights.
+
+    Where this session began is left out: a resumed run leaves the same file as an uninterrupted one.
+
+    Raises:
+        StoreError: the disk is full.
+    """
+    if ctx.out is not None:
+        facts = {k: v for k, v in asdict(log).items() if k != "resumed_from"}
+        text = json.dumps(facts | measured, indent=1, allow_nan=False)
+        disk.write_atomic(ctx.out / "fit.json", f"{text}\n".encode())
+    return lm.take()
