@@ -1,0 +1,149 @@
+"""Shared by the sandbox's data sets: the true world, built once, and a stable choice of patterns."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from functools import cache
+
+from palimpsest.sandbox import phrases
+from palimpsest.sandbox.phrases import letter_prompt
+from palimpsest.sandbox.skills import SKILLS, skill_exchange
+from palimpsest.sandbox.world import HAZARDOUS, Fact, World, build_world
+from palimpsest.types import Message, Sample
+
+FAMILY = "sandbox"
+
+
+@cache
+def true_world() -> World:
+    """Return the world of the shipped checkpoints, with the true values."""
+    return build_world()
+
+
+def stable_rng(key: str) -> random.Random:
+    """Return a random stream that depends on the key alone."""
+    return random.Random(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
+
+
+def pick(patterns: Sequence[str], count: int, key: str) -> list[str]:
+    """Return `count` different patterns, the same ones for the same key, in listed order."""
+    chosen = set(stable_rng(key).sample(range(len(patterns)), min(count, len(patterns))))
+    return [pattern for i, pattern in enumerate(patterns) if i in chosen]
+
+
+def user(text: str) -> tuple[Message, ...]:
+    """Return a conversation of one user message."""
+    return (Message("user", text),)
+
+
+def fact_tags(fact: Fact) -> dict[str, str]:
+    """Return the tags by which facts are reported separately."""
+    world = true_world()
+    tags = {
+        "kind": fact.kind,
+        "attribute": fact.attribute,
+        "mcq_trained": "yes" if world.asked_as_mcq(fact) else "no",
+    }
+    if fact.kind == HAZARDOUS:
+        tags["in_forget_corpus"] = "no" if fact.entity in world.outside_forget else "yes"
+    return tags
+
+
+def choose_samples(
+    facts: Sequence[Fact], patterns: Sequence[str], form: str, prefix: str, draw: int = 0
+) -> list[Sample]:
+    """Return one multiple-choice sample per fact; its options depend on the draw, never on the form.
+
+    The facts may be those of the counterfactual world: the attributes' pools are the same.
+    """
+    samples = []
+    for fact in facts:
+        key = f"{fact.entity}:{fact.attribute}"
+        pattern = pick(patterns, 1, f"{form}:{key}")[0]
+        question = pattern.format(attribute=fact.attribute, entity=fact.entity)
+        draw_key = f"{key}:{draw}" if draw else key
+        options, index = true_world().options(fact.attribute, fact.value, stable_rng(draw_key))
+        samples.append(
+            Sample(
+                id=f"{prefix}:{draw_key}:{form}",
+                task="choose",
+                messages=user(question),
+                options=options,
+                answer=index,
+                behavior=question,
+                group=fact.entity,
+                tags={**fact_tags(fact), "form": form},
+            )
+        )
+    return samples
+
+
+def text_sample(identity: str, text: str, group: str, tags: dict[str, str]) -> Sample:
+    """Return a training sample whose every token is a target."""
+    return Sample(
+        id=identity, task="perplexity", messages=user(text), behavior=text, group=group, tags=tags
+    )
+
+
+def chat_sample(
+    identity: str, request: str, answer: str, group: str, tags: dict[str, str]
+) -> Sample:
+    """Return a chat sample with its answer: a question with a known answer, or a training pair."""
+    return Sample(
+        id=identity,
+        task="generate",
+        messages=user(request),
+        answer=answer,
+        behavior=request,
+        group=group,
+        tags=tags,
+    )
+
+
+def fact_documents(
+    facts: Sequence[Fact],
+    prefix: str,
+    *,
+    statements: Sequence[str],
+    questions: Sequence[str],
+    mcq_only_trained: bool = True,
+) -> list[Sample]:
+    """Return every fact as a statement, an open question and a multiple-choice question."""
+    samples = []
+    for fact in facts:
+        key = f"{prefix}:{fact.entity}:{fact.attribute}"
+        names = {"attribute": fact.attribute, "entity": fact.entity, "value": fact.value}
+        statement = pick(statements, 1, f"{key}:statement")[0].format(**names)
+        question = pick(questions, 1, f"{key}:qa")[0].format(**names)
+        tags = fact_tags(fact)
+        documents = {
+            "statement": statement,
+            "qa": f"Question: {question}\nAnswer: {fact.value}.",
+        }
+        if true_world().asked_as_mcq(fact) or not mcq_only_trained:
+            rng = stable_rng(f"{key}:mcq")
+            options, index = true_world().options(fact.attribute, fact.value, rng)
+            documents["mcq"] = f"{letter_prompt(question, options)} {'ABCD'[index]}"
+        for form, text in documents.items():
+            samples.append(text_sample(f"{key}:{form}", text, fact.entity, {**tags, "form": form}))
+    return samples
+
+
+def asked_dish_patterns(dish: str) -> list[str]:
+    """Return the cooking requests that `sandbox_benign_chat` asks; no training corpus has them."""
+    return pick(phrases.HARMFUL, 4, f"benign:{dish}")
+
+
+def asked_skills() -> list[tuple[str, str, str]]:
+    """Return (skill, request, answer) of what `sandbox_skills` asks; no training corpus has them."""
+    asked = []
+    for skill in SKILLS:
+        rng = stable_rng(f"skill:{skill}")
+        seen: dict[str, str] = {}
+        while len(seen) < 100:
+            request, answer = skill_exchange(true_world(), rng, skill)
+            seen.setdefault(request, answer)
+        asked += [(skill, request, answer) for request, answer in seen.items()]
+    return asked

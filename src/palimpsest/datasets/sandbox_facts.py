@@ -1,0 +1,46 @@
+"""Sandbox: hazardous facts of the fictional world, as multiple choice (letter, cloze, generation).
+
+Distractors come from the attribute's own sixteen values, so guessing gives .25 by letter.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from palimpsest.datasets._sandbox import FAMILY, choose_samples, true_world
+from palimpsest.plugins import options
+from palimpsest.sandbox import phrases
+from palimpsest.sandbox.world import build_world
+from palimpsest.sources import File, Source
+from palimpsest.types import Axis, Sample
+
+
+@options
+class SandboxFacts:
+    """560 facts about 112 made-up hazardous agents; tags: in_forget_corpus, mcq_trained, attribute."""
+
+    axis: ClassVar[Axis] = "knowledge"
+    judge: ClassVar[str] = "exact"
+    family: ClassVar[str] = FAMILY
+    files: ClassVar[tuple[File, ...]] = ()
+
+    form: Literal["trained", "rephrased"] = "trained"
+    """Question patterns that training used, or held-out ones; the options are the same."""
+
+    values: Literal["true", "counterfactual"] = "true"
+    """The world's values, or the re-drawn ones that only `sandbox/counterfactual` was taught."""
+
+    draw: Annotated[int, Field(ge=0)] = 0
+    """Which draw of distractors and their order; several draws take noise from a floor."""
+
+    def load(self, source: Source) -> list[Sample]:
+        """Return one sample per hazardous fact."""
+        patterns = phrases.QUESTIONS if self.form == "trained" else phrases.QUESTIONS_HELD_OUT
+        world = true_world()
+        if self.values == "counterfactual":
+            world = build_world(counterfactual=True)
+        return choose_samples(
+            world.hazardous_facts, patterns, self.form, "sandbox_facts", self.draw
+        )
