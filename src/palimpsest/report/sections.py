@@ -1,0 +1,308 @@
+"""The sections of the page that are more than one table: knowledge, answers, losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from markupsafe import Markup
+
+from palimpsest.report import plots, tables, words
+from palimpsest.report.tables import Cell, Column
+from palimpsest.report.trilemma import estimate
+from palimpsest.summary import JudgeAgreement, LossCurve, ModelInfo, Row, SampleRow, Summary
+
+SAMPLES_PER_SET = 24
+SAMPLE_CHARACTERS = 1_500_000
+"""Answers shown in all; what is left out is counted on the page and stays in the records."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knowledge:
+    """One knowledge evaluation: a panel per channel and a table with subsets beside."""
+
+    title: str
+    panels: tuple[Markup, ...]
+    floors: tuple[str, ...]
+    headers: tuple[tuple[str, str], ...]
+    lines: tuple[tuple[str, tuple[Cell, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What one model said. `hidden` is true when the text was redacted."""
+
+    model: str
+    text: str
+    labels: str
+    hidden: bool
+    harmful: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A prompt with every model's answer, in the order of the summary's models.
+
+    `wrapped` says whether a transform rewrote the prompt, `open` whether its fold starts open.
+    """
+
+    place: str
+    id: str
+    prompt: str
+    answers: tuple[Answer, ...]
+    wrapped: bool
+    open: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """One training job: a panel per named loss term, and why it ended early (mostly empty)."""
+
+    model: str
+    stopped: str
+    panels: tuple[Markup, ...]
+
+
+def knowledge(summary: Summary) -> list[Knowledge]:
+    """Return every knowledge evaluation with its three channels and its floors."""
+    rows = [row for row in summary.rows if row.axis == "knowledge"]
+    keys = dict.fromkeys((row.evaluation, row.split, row.transform) for row in tables.whole(rows))
+    return [
+        _knowledge(
+            summary, [row for row in rows if (row.evaluation, row.split, row.transform) == key], key
+        )
+        for key in keys
+    ]
+
+
+def _knowledge(summary: Summary, rows: Sequence[Row], key: tuple[str, str, str]) -> Knowledge:
+    evaluation, split, transform = key
+    floor_rows = [row for row in summary.rows if row.model == words.NO_MODEL]
+    panels, floors = [], []
+    order = {"letter": 0, "cloze": 1, "generation": 2}
+    right = [row for row in rows if words.canonical(row.metric) == "accuracy"]
+    channels = sorted(
+        dict.fromkeys(row.channel for row in tables.whole(right)),
+        key=lambda name: (order.get(name, 9), name),
+    )
+    for channel in channels:
+        guides = _guides(floor_rows, evaluation, split, channel)
+        bars = []
+        for index, model in enumerate(summary.models):
+            here = (row for row in tables.whole(right) if row.channel == channel)
+            row = next((row for row in here if row.model == model.name), None)
+            bars.append(
+                plots.Bar(
+                    name=model.name,
+                    index=index,
+                    role=model.role,
+                    at=estimate(row),
+                    flag=row is not None and tables.below_floor(row),
+                    missing=tables.missing_text(row),
+                )
+            )
+            if row is not None and model.role == "control" and row.value is not None:
+                guides.append(plots.Guide(name=model.name, value=row.value, kind="control"))
+        title = f"{channel} accuracy"
+        panels.append(
+            plots.dots(bars, guides, title=f"{evaluation}: {title}", x_title=f"{title}, %")
+        )
+        floors.append("; ".join(f"{guide.name} {100 * guide.value:.1f} %" for guide in guides))
+    parts = (
+        evaluation,
+        f"{split} split" if split else "",
+        "" if tables.is_plain(transform) else transform,
+    )
+    headers, lines = _knowledge_table(summary, rows, channels)
+    return Knowledge(
+        title=", ".join(part for part in parts if part),
+        panels=tuple(panels),
+        floors=tuple(floors),
+        headers=headers,
+        lines=lines,
+    )
+
+
+def _guides(rows: Sequence[Row], evaluation: str, split: str, channel: str) -> list[plots.Guide]:
+    guides = []
+    if channel in ("letter", "cloze"):
+        guides.append(plots.Guide(name="chance (4 options)", value=words.CHANCE, kind="chance"))
+    for row in rows:
+        same = (row.evaluation, row.split) == (evaluation, split) and not row.subset
+        if same and row.channel in (channel, "") and row.value is not None:
+            name = f"rule without a model ({_rule(row)})"
+            guides.append(plots.Guide(name=name, value=row.value, kind="rule"))
+    return guides
+
+
+def floors(summary: Summary, column: Column) -> str:
+    """Return what rules without a model score where a column is forced choice, else nothing."""
+    found = [
+        f"{_rule(row)} {words.number(row.value, rate=True)} %"
+        for row in summary.rows
+        if row.model == words.NO_MODEL
+        and (row.evaluation, row.split, row.channel, row.subset)
+        == (column.evaluation, column.split, column.channel, "")
+    ]
+    return f"floor without a model: {', '.join(found)}" if found else ""
+
+
+def _rule(row: Row) -> str:
+    return row.metric.removeprefix("floor_").replace("_", " ")
+
+
+def _knowledge_table(
+    summary: Summary, rows: Sequence[Row], channels: Sequence[str]
+) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, tuple[Cell, ...]], ...]]:
+    order = {name: place for place, name in enumerate(channels)}
+    wanted = [
+        row
+        for row in rows
+        if words.canonical(row.metric) in ("accuracy", "coverage", "accuracy_when_answered")
+        and row.model != words.NO_MODEL
+    ]
+    keys = sorted(
+        dict.fromkeys((row.subset, row.channel, words.canonical(row.metric)) for row in wanted),
+        key=lambda key: (key[0], order.get(key[1], 9), key[2] != "accuracy", key[2]),
+    )
+    headers = tuple(
+        (f"{channel} {metric.replace('_', ' ')}", subset or "all items")
+        for subset, channel, metric in keys
+    )
+    lines = []
+    for name in (model.name for model in summary.models):
+        cells = []
+        for subset, channel, metric in keys:
+            here = [
+                tables.entry(row)
+                for row in wanted
+                if (row.model, row.subset, row.channel, words.canonical(row.metric))
+                == (name, subset, channel, metric)
+            ]
+            cells.append(Cell(entries=tuple(here), text="" if here else words.NO_DATA))
+        lines.append((name, tuple(cells)))
+    floors = [row for row in rows if row.model == words.NO_MODEL]
+    if floors:
+        lines.append((words.NO_MODEL, tuple(_floor_cell(floors, key) for key in keys)))
+    return headers, tuple(lines)
+
+
+def _floor_cell(floors: Sequence[Row], key: tuple[str, str, str]) -> Cell:
+    subset, channel, metric = key
+    here = [
+        replace(tables.entry(row), judge=_rule(row))
+        for row in floors
+        if (row.subset, row.channel) == (subset, channel) and metric == "accuracy"
+    ]
+    return Cell(entries=tuple(here))
+
+
+def samples(summary: Summary, *, redact: bool) -> tuple[list[Sample], str]:
+    """Return the answers to show, and a sentence on those left out (empty when all are shown)."""
+    shown: list[Sample] = []
+    counts: dict[tuple[str, str], int] = {}
+    characters = 0
+    for row in summary.samples:
+        key = (row.evaluation, row.transform)
+        sample = _sample(summary, row, redact=redact)
+        size = len(sample.prompt) + sum(len(answer.text) for answer in sample.answers)
+        full = counts.get(key, 0) >= SAMPLES_PER_SET or characters + size > SAMPLE_CHARACTERS
+        if full and shown:
+            continue
+        counts[key] = counts.get(key, 0) + 1
+        characters += size
+        shown.append(sample)
+    left = len(summary.samples) - len(shown)
+    note = (
+        f"{len(shown)} of {words.counted(len(summary.samples), 'prompt')} "
+        f"{'is' if len(shown) == 1 else 'are'} shown; {left} {'is' if left == 1 else 'are'} "
+        "left out."
+    )
+    first = {sample.wrapped: place for place, sample in reversed(list(enumerate(shown)))}
+    for place in first.values():
+        shown[place] = replace(shown[place], open=True)
+    return shown, note if left else ""
+
+
+def _sample(summary: Summary, row: SampleRow, *, redact: bool) -> Sample:
+    known = [model.name for model in summary.models if model.name in row.answers]
+    answers = []
+    for name in known + [name for name in row.answers if name not in known]:
+        fields = row.answers[name]
+        text, harm = fields.get("text", ""), fields.get("harm", "").strip()
+        unsaid = ("text", "correct") if fields.get("form", "").endswith("refusal") else ("text",)
+        hidden = redact and harm.lower() in ("yes", "unscored")
+        shown = f"[redacted, {len(text):,} characters]" if hidden else words.clipped(text)
+        labels = ", ".join(
+            f"{key} {value.replace('_', ' ')}"
+            for key, value in fields.items()
+            if key not in unsaid and value
+        )
+        answers.append(
+            Answer(
+                model=name,
+                text=shown,
+                labels=labels or "not judged",
+                hidden=hidden,
+                harmful=harm.lower() == "yes",
+            )
+        )
+    place = (
+        row.evaluation if tables.is_plain(row.transform) else f"{row.evaluation} · {row.transform}"
+    )
+    return Sample(
+        place=place,
+        id=row.sample_id,
+        prompt=words.clipped(row.prompt),
+        answers=tuple(answers),
+        wrapped=not tables.is_plain(row.transform),
+    )
+
+
+def stopped(model: ModelInfo) -> str:
+    """Return how far training came and why it ended early, or nothing when it did not."""
+    if not model.stopped:
+        return ""
+    done, planned = ("?" if n is None else str(n) for n in (model.steps, model.planned_steps))
+    return f"stopped after {done} of {planned} steps: {model.stopped}"
+
+
+def losses(summary: Summary) -> list[Training]:
+    """Return every training job that left losses or ended early."""
+    curves = {curve.model: curve for curve in summary.losses}
+    notes = {model.name: stopped(model) for model in summary.models if model.stopped}
+    found = []
+    for name in dict.fromkeys([*curves, *notes]):
+        curve = curves.get(name)
+        panels = _loss_panels(curve) if curve and curve.steps else ()
+        found.append(Training(model=name, stopped=notes.get(name, ""), panels=panels))
+    return found
+
+
+def _loss_panels(curve: LossCurve) -> tuple[Markup, ...]:
+    return tuple(
+        plots.loss(
+            name,
+            curve.steps,
+            [math.nan if value is None else value for value in values],
+            title=f"{curve.model}: {name} by step",
+        )
+        for name, values in curve.terms.items()
+    )
+
+
+def agreement(found: JudgeAgreement) -> tuple[str, str]:
+    """Return kappa with its interval, and the confusion counts, as text."""
+    table = "; ".join(f"{key}: {count}" for key, count in found.confusion.items())
+    return _kappa(found), table or words.NO_DATA
+
+
+def _kappa(found: JudgeAgreement) -> str:
+    """Return kappa and its interval; a bootstrap without any spread has estimated none."""
+    if found.kappa is None or not math.isfinite(found.kappa):
+        return words.NOT_ESTIMABLE
+    kappa = words.number(found.kappa, rate=False)
+    if found.low is None or found.high is None or math.isclose(found.low, found.high):
+        return f"{kappa}, interval {words.NOT_ESTIMABLE}"
+    return f"{kappa} {words.interval(found.low, found.high, rate=False)}"
