@@ -1,0 +1,290 @@
+"""Runs a plan's jobs one after the other in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from palimpsest.chat import control_tokens_in, render, template_name
+from palimpsest.errors import ModelError, PalimpsestError, StoreError
+from palimpsest.evaluate import letter_prompt, read_responses, respond
+from palimpsest.jobs import Evaluation, Job, Plan, PlannedModel
+from palimpsest.model import LM, load_model, weights_sha256
+from palimpsest.remote import RemoteChatModel
+from palimpsest.remote_respond import respond_remote
+from palimpsest.resume import clear_checkpoints
+from palimpsest.store import JobFolder, RunFolder
+from palimpsest.trackers import Tracker
+from palimpsest.types import Message, RunContext, Score
+
+SCORES = "scores"
+SCORE_SCHEMA = {
+    "sample_id": "str",
+    "aspect": "str",
+    "value": "float",
+    "label": "str",
+    "raw": "str",
+    "judge": "str",
+}
+
+log = logging.getLogger(__name__)
+
+
+class Watcher(Protocol):
+    """What an engine tells the one who waits."""
+
+    def plan(self, total: int, cached: int) -> None:
+        """Say how many jobs there are, and how many are finished already."""
+
+    def job(self, job: Job) -> None:
+        """Say that a job begins."""
+
+    def step(self, done: int, total: int, text: str) -> None:
+        """Say how far the job is."""
+
+    def finished(self, job: Job) -> None:
+        """Say that a job ended."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a plan: seconds per job that ran now, and jobs that failed, with the reason."""
+
+    seconds: dict[str, float]
+    failed: dict[str, str]
+
+
+class LocalEngine:
+    """Holds one model at a time; jobs that are finished are skipped."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        watcher: Watcher,
+        *,
+        tracker: Tracker,
+        accept_errors: bool = False,
+    ) -> None:
+        """Prepare; nothing is loaded yet. `accept_errors`: see `respond_remote`."""
+        self.tracker = tracker
+        self.accept_errors = accept_errors
+        self._remote: dict[str, RemoteChatModel] = {}
+        self.plan = plan
+        self.folder = folder
+        self.watcher = watcher
+        self._models = {m.name: m for m in plan.models}
+        self._evaluations = {e.key: e for e in plan.evaluations}
+        self._loaded: tuple[str, LM, str] | None = None
+
+    def execute(self) -> Outcome:
+        """Run what is not done. A job that fails takes those with it that need it, and no others."""
+        seconds: dict[str, float] = {}
+        failed: dict[str, str] = {}
+        todo = []
+        for job in self.plan.jobs:
+            folder = self.job_folder(job)
+            if folder.done is None:
+                todo.append(job)
+            elif job.kind == "unlearn":
+                clear_checkpoints(folder.path)  # a kill right after finishing leaves them
+        self.watcher.plan(len(self.plan.jobs), len(self.plan.jobs) - len(todo))
+        for job in todo:
+            if job.needs in failed:
+                failed[job.id] = failed[job.needs]
+                self.watcher.finished(job)
+                continue
+            self.watcher.job(job)
+            start = time.monotonic()
+            try:
+                self._run(job)
+            except StoreError:
+                raise  # the disk or the folder: nothing else can be stored either
+            except PalimpsestError as error:
+                failed[job.id] = str(error)
+                log.error("%s failed: %s", job.id, error)
+            except Exception as error:  # a plugin's bug: it costs its own results, and is shown
+                failed[job.id] = f"{type(error).__name__}: {error} (a bug in its code)"
+                log.exception("%s failed", job.id)
+            seconds[job.id] = time.monotonic() - start
+            self.watcher.finished(job)
+        self._release()
+        return Outcome(seconds, failed)
+
+    def job_folder(self, job: Job) -> JobFolder:
+        """Return the folder of a job's records."""
+        return self.folder.job(job.id, job.fingerprint, job.spec)
+
+    def _run(self, job: Job) -> None:
+        if job.kind == "unlearn":
+            self._unlearn(job)
+        elif job.kind == "respond":
+            self._respond(job)
+        else:
+            self._judge(job)
+
+    def _unlearn(self, job: Job) -> None:
+        self._release()
+        model = self._models[job.model]
+        if model.plugin is None or model.data is None or model.method is None:
+            raise AssertionError(f"{job.id}: not a method's model")
+        folder = self.job_folder(job)
+        context = RunContext(
+            seed=self.plan.recipe.run.seed,
+            out=folder.path,
+            progress=self.watcher.step,
+            scope=model.method.train_scope(),
+            checkpoint_every=model.method.checkpoint_every,
+        )
+        lm = model.plugin.unlearn(self._load_given(model), model.data, context)
+        weights = folder.path / "weights"
+        if weights.exists():  # left by a kill between saving and finishing
+            shutil.rmtree(weights)
+        lm.save(weights)
+        folder.finish(weights_sha256=weights_sha256(lm.model))
+        clear_checkpoints(folder.path)
+        self.tracker.log_losses(folder.path / "losses.jsonl", job.model)
+        lm.close()
+
+    def _respond(self, job: Job) -> None:
+        evaluation = self._evaluations[job.evaluation]
+        folder = self.job_folder(job)
+        if self._models[job.model].spec.remote is not None:
+            self._respond_remote(job.model, evaluation, folder)
+            return
+        lm, weights_hash = self._model(job.model)
+        respond(
+            lm,
+            evaluation.samples,
+            channel=evaluation.channel,
+            max_new_tokens=evaluation.max_new_tokens,
+            batch_tokens=self.plan.recipe.numerics.batch_tokens,
+            folder=folder,
+            progress=self.watcher.step,
+        )
+        folder.finish(
+            weights_sha256=weights_hash,
+            quantized=lm.quantization,
+            **_prompt_snapshot(lm, evaluation),
+        )
+
+    def _respond_remote(self, name: str, evaluation: Evaluation, folder: JobFolder) -> None:
+        options = self._models[name].spec.remote
+        if options is None:
+            raise AssertionError(f"{name} is not remote")
+        chat = self._remote.setdefault(name, RemoteChatModel(options))
+        questions: Sequence[Sequence[Message]] | None = None
+        if evaluation.channel == "generation":
+            questions = [(Message("user", letter_prompt(s)),) for s in evaluation.samples]
+        respond_remote(
+            chat,
+            evaluation.samples,
+            max_new_tokens=evaluation.max_new_tokens,
+            folder=folder,
+            progress=self.watcher.step,
+            conversations=questions,
+            seed=self.plan.recipe.run.seed,
+            accept_errors=self.accept_errors,
+        )
+        first = (questions or [evaluation.samples[0].messages])[0]
+        shown = "\n".join(f"{m.role}: {m.content}" for m in first)
+        folder.finish(first_prompt=shown, chat_template="of the server")
+
+    def _judge(self, job: Job) -> None:
+        respond_job = self.plan.job("respond", job.model, job.evaluation)
+        pairs = read_responses(self.job_folder(respond_job))
+        evaluation = self._evaluations[job.evaluation]
+        decode = evaluation.decode
+        responses = [
+            dataclasses.replace(r, text=decode(r.text)) if decode and r.text is not None else r
+            for _, r in pairs
+        ]
+        scores = self.plan.judges[job.judge].judge(list(evaluation.originals), responses)
+        folder = self.job_folder(job)
+        writer = folder.parts(SCORES, total=len(scores), schema=SCORE_SCHEMA)
+        missing = writer.missing()
+        rows = {i: dataclasses.asdict(s) for i, s in enumerate(scores) if i in missing}
+        if rows:
+            writer.append(rows)
+        writer.close()
+        folder.finish()
+
+    def _model(self, name: str) -> tuple[LM, str]:
+        """Return the loaded model and the hash of its weights, checked against its record."""
+        if self._loaded is not None and self._loaded[0] == name:
+            return self._loaded[1], self._loaded[2]
+        self._release()
+        model = self._models[name]
+        if model.method is None:
+            lm = self._load_given(model)
+            digest = weights_sha256(lm.model)
+        else:
+            folder = self.job_folder(self.plan.job("unlearn", name))
+            if not (folder.path / "weights" / "config.json").is_file():
+                raise ModelError(
+                    f"{folder.path} is finished, but its weights are gone; delete this folder and run "
+                    "again"
+                )
+            numerics = self.plan.recipe.numerics
+            lm = load_model(
+                str(folder.path / "weights"),
+                name=name,
+                dtype=numerics.dtype,
+                device=numerics.device,
+                trust_remote_code=model.spec.trust_remote_code,
+            )
+            digest = weights_sha256(lm.model)
+            wanted = (folder.done or {}).get("weights_sha256")
+            if digest != wanted:
+                raise ModelError(
+                    f"{folder.path / 'weights'}: hash {digest[:12]} is not the {str(wanted)[:12]} "
+                    "that the method wrote; delete this job's folder and run again"
+                )
+        self._loaded = (name, lm, digest)
+        return lm, digest
+
+    def _load_given(self, model: PlannedModel) -> LM:
+        numerics = self.plan.recipe.numerics
+        return load_model(
+            model.spec.source,
+            name=model.name,
+            revision=model.revision,
+            dtype=numerics.dtype,
+            device="auto" if model.spec.device_map else numerics.device,
+            device_map=model.spec.device_map,
+            quantization=model.spec.quantization,
+            trust_remote_code=model.spec.trust_remote_code,
+        )
+
+    def _release(self) -> None:
+        if self._loaded is not None:
+            self._loaded[1].close()
+            self._loaded = None
+
+
+def read_scores(folder: JobFolder) -> list[Score]:
+    """Return the stored judgements, in record order."""
+    return [Score(**row) for row in folder.read(SCORES)]
+
+
+def _prompt_snapshot(lm: LM, evaluation: Evaluation) -> dict[str, Any]:
+    """Return the first prompt exactly as the model saw it, and where its template comes from."""
+    first = evaluation.samples[0]
+    if evaluation.channel == "chat":
+        prompt = render(lm.tokenizer, first.messages, add_generation_prompt=True)
+        told = [m.content for s in evaluation.samples for m in s.messages]
+        control = sum(bool(control_tokens_in(lm.tokenizer, text)) for text in told)
+        return {
+            "first_prompt": prompt,
+            "chat_template": template_name(lm.tokenizer),
+            "control_token_messages": control,
+        }
+    text = (
+        first.messages[-1].content if evaluation.channel == "perplexity" else letter_prompt(first)
+    )
+    return {"first_prompt": text, "chat_template": "raw text"}

@@ -1,0 +1,234 @@
+"""The whole study: recipe -> plan -> jobs -> records -> summary -> report. Only here is the order known."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from palimpsest.engines.local import LocalEngine, Watcher
+from palimpsest.errors import UsageError
+from palimpsest.jobs import Job, Plan
+from palimpsest.model import resolve_device
+from palimpsest.overrides import apply_sets
+from palimpsest.plan import make_plan
+from palimpsest.recipe import Recipe, load_recipe, make_recipe, recipe_path
+from palimpsest.report import write_report
+from palimpsest.scope import check_scope
+from palimpsest.stats import minimal_detectable_difference
+from palimpsest.store import RunFolder, write_atomic
+from palimpsest.summarise import summarise
+from palimpsest.summary import Summary
+from palimpsest.trackers import check_trackers, open_tracker
+
+SUMMARY = "summary.json"
+REPORT = "report.html"
+TIMINGS = "timings.json"
+MAX_UNSCORED_RATE = 0.02
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run's outcome lies.
+
+    Attributes:
+        summary: the outcome; also in `folder/summary.json`.
+        folder: the run folder.
+        failed: jobs that failed, with the reason.
+        unscored: evaluations with more than 2 % unscored answers: their rates need the bounds.
+    """
+
+    summary: Summary
+    folder: Path
+    failed: dict[str, str]
+    unscored: list[str]
+
+    def failures(self) -> list[str]:
+        """Return a line per reason: the job that failed, why, and how many others needed it."""
+        first: dict[str, list[str]] = {}
+        for job, reason in self.failed.items():
+            first.setdefault(reason, []).append(job)
+        return [
+            f"{jobs[0]}: {reason}" + (f" (and {len(jobs) - 1} that need it)" if jobs[1:] else "")
+            for reason, jobs in first.items()
+        ]
+
+
+class _Silent:
+    """A watcher that says nothing."""
+
+    def plan(self, total: int, cached: int) -> None: ...
+
+    def job(self, job: Job) -> None: ...
+
+    def step(self, done: int, total: int, text: str) -> None: ...
+
+    def finished(self, job: Job) -> None: ...
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    watcher: Watcher | None = None,
+    allow_code: bool = False,
+    redact: bool = False,
+    accept_errors: bool = False,
+) -> RunResult:
+    """Run a study in a folder; the same call resumes it, finished jobs are not run again.
+
+    Args:
+        recipe: what to do.
+        out: run folder; created if need be, locked while the run goes on.
+        watcher: told of the progress.
+        allow_code: allow plugins from outside the package.
+        redact: replace harmful answers in the report by their length.
+        accept_errors: store what a remote model does not answer as unscored, after one more try.
+
+    Raises:
+        PalimpsestError: whatever is wrong; finished jobs stay.
+    """
+    recipe = _here(recipe)
+    folder = RunFolder(out)
+    with folder.lock():
+        plan = _checked_plan(recipe, allow_code)
+        tracker = open_tracker(
+            recipe.run.trackers, run_name=recipe.run.name, config=recipe.to_dict(), out=out
+        )
+        torch.set_num_threads(recipe.numerics.threads)
+        engine = LocalEngine(
+            plan, folder, watcher or _Silent(), tracker=tracker, accept_errors=accept_errors
+        )
+        try:
+            outcome = engine.execute()
+            _add_timings(out / TIMINGS, outcome.seconds)
+            summary = summarise(plan, engine.job_folder, outcome.failed)
+            data = summary.model_dump(mode="json")
+            text = json.dumps(data, indent=1, sort_keys=True, allow_nan=False)
+            write_atomic(out / SUMMARY, text.encode())
+            write_report(summary, out / REPORT, redact=redact)
+            tracker.finish(summary.rows)
+        finally:
+            tracker.finish()
+    return RunResult(summary, out, outcome.failed, _too_many_unscored(summary))
+
+
+def plan_of(recipe: Recipe, out: Path | None = None, *, allow_code: bool = False) -> dict[str, Any]:
+    """Return what a run would do: jobs, which of them are done in `out`, sizes, detectable differences."""
+    plan = _checked_plan(_here(recipe), allow_code)
+    folder = RunFolder(out) if out is not None and (out / "jobs").is_dir() else None
+    jobs = []
+    for job in plan.jobs:
+        found = folder.find(job.id, job.fingerprint) if folder is not None else None
+        cached = found is not None and found.done is not None
+        jobs.append(
+            {"id": job.id, "kind": job.kind, "fingerprint": job.fingerprint, "cached": cached}
+        )
+    sets = []
+    for evaluation in plan.evaluations:
+        groups = len({s.group for s in evaluation.samples})
+        is_rate = evaluation.channel != "perplexity"
+        sets.append(
+            {
+                "evaluation": evaluation.key,
+                "axis": evaluation.axis,
+                "n": len(evaluation.samples),
+                "groups": groups,
+                # items of one group may all agree: the cautious size is the number of groups
+                "smallest_detectable_difference": minimal_detectable_difference(groups)
+                if is_rate
+                else None,
+            }
+        )
+    return {
+        "recipe": recipe.run.name,
+        "jobs": jobs,
+        "evaluations": sets,
+        "warnings": list(plan.warnings),
+    }
+
+
+def evaluation_recipe(
+    model: str,
+    *,
+    suite: str | None,
+    datasets: Sequence[str],
+    sets: Sequence[str] = (),
+    **overrides: Any,
+) -> Recipe:
+    """Return a recipe that evaluates one model on a suite (a recipe's evaluations) or on data sets.
+
+    Raises:
+        UsageError: neither or both of `suite` and `datasets`.
+    """
+    if bool(suite) == bool(datasets):
+        raise UsageError("name either --suite or --dataset")
+    one = [{"name": _model_name(model), "source": model, "role": "original"}]
+    if suite:
+        base = load_recipe(recipe_path(suite), **overrides).to_dict()
+        data = base | {"models": one, "methods": [], "training": None}
+        data = {k: v for k, v in data.items() if v is not None}
+        data["run"]["name"] = f"{suite} on {model}"
+    else:
+        data = {
+            "run": {"name": f"{', '.join(datasets)} on {model}"},
+            "models": one,
+            "evaluate": [{"dataset": d, "split": "all"} for d in datasets],
+        }
+        for key in ("seed", "limit"):
+            if overrides.get(key) is not None:
+                data["run"][key] = overrides[key]
+    apply_sets(data, sets)
+    return make_recipe(data)
+
+
+def _checked_plan(recipe: Recipe, allow_code: bool) -> Plan:
+    """Return the plan; what can be wrong with trackers and scopes is checked with it."""
+    check_trackers(recipe.run.trackers)
+    plan = make_plan(recipe, allow_code=allow_code)
+    for model in plan.models:
+        if model.method is not None:
+            check_scope(model.method.train_scope())
+    return plan
+
+
+def _here(recipe: Recipe) -> Recipe:
+    """Return the recipe with the device and the threads that `auto` and 0 mean on this machine.
+
+    Raises:
+        ModelError: the device is unknown or not there.
+    """
+    device = resolve_device(recipe.numerics.device)
+    threads = recipe.numerics.threads or torch.get_num_threads()
+    return replace(recipe, numerics=replace(recipe.numerics, device=device, threads=threads))
+
+
+def _model_name(source: str) -> str:
+    """Return a name for tables: the folder's, or that of the job whose weights they are."""
+    path = Path(source)
+    name = path.parent.name.rsplit("-", 1)[0] if path.name == "weights" else path.name
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip(".-_") or "model"
+
+
+def _add_timings(path: Path, seconds: dict[str, float]) -> None:
+    """Add this run's seconds per job; they live apart from the results, which have to be repeatable."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    write_atomic(path, json.dumps(known | seconds, indent=1, sort_keys=True).encode())
+
+
+def _too_many_unscored(summary: Summary) -> list[str]:
+    rows = {
+        f"{r.model}: {r.evaluation}/{r.transform} by {r.judge}"
+        for r in summary.rows
+        if r.subset == ""
+        and r.metric in {"valid_safety", "not_answered", "accuracy", "perplexity"}
+        and r.unscored > MAX_UNSCORED_RATE * (r.n + r.unscored)
+    }
+    return sorted(rows)

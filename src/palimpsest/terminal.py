@@ -1,0 +1,199 @@
+"""What the command line shows: progress on standard error, tables on standard output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from palimpsest.doctor import Check
+from palimpsest.jobs import Job
+from palimpsest.summary import Row, Summary
+
+HEADLINE = ("valid_safety", "not_answered", "accuracy", "perplexity")
+"""The metric that stands for an evaluation, the first of these that it has."""
+
+
+COLUMNS = 4
+"""Columns of a table that fit beside the model's name on 80 characters."""
+
+
+def _bars() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=False,
+    )
+
+
+class TerminalWatcher:
+    """Two bars: all jobs, and the job that runs, each with the time left."""
+
+    def __init__(self) -> None:
+        """Prepare the bars; they appear on entering the context."""
+        self._bars = _bars()
+        self._all = self._bars.add_task("jobs", total=None)
+        self._one = self._bars.add_task("", total=None, visible=False)
+
+    def __enter__(self) -> TerminalWatcher:
+        """Show the bars."""
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove the bar of the running job, and stop."""
+        self._bars.update(self._one, visible=False)
+        self._bars.stop()
+
+    def plan(self, total: int, cached: int) -> None:
+        """Set the number of jobs."""
+        text = f"jobs ({cached} finished before)" if cached else "jobs"
+        self._bars.update(self._all, total=total, completed=cached, description=text)
+
+    def job(self, job: Job) -> None:
+        """Begin a job."""
+        self._bars.reset(self._one, total=None, description=escape(job.id), visible=True)
+
+    def step(self, done: int, total: int, text: str) -> None:
+        """Move the running job's bar."""
+        self._bars.update(self._one, total=total, completed=done)
+        if text:
+            name = str(self._bars.tasks[1].description).split("  ")[0]
+            self._bars.update(self._one, description=f"{name}  {escape(text)}")
+
+    def finished(self, job: Job) -> None:
+        """End a job."""
+        self._bars.advance(self._all)
+
+
+@contextmanager
+def stage_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield progress(stage, done, total), shown as one bar per stage."""
+    with _bars() as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(escape(stage), total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+def print_summary(summary: Summary) -> None:
+    """Print one metric per evaluation for every model, with n, judge and 95 % interval."""
+    console = Console()
+    if summary.sandbox:
+        console.print("Sandbox results: they show the tool, and are no evidence about real LLMs.")
+    console.print(
+        escape(f"{summary.name}, seed {summary.seed}; below each figure its 95 % interval")
+    )
+    for axis, columns in _headlines(summary).items():
+        for start in range(0, len(columns), COLUMNS):
+            shown = columns[start : start + COLUMNS]
+            table = Table(title=escape(axis), title_justify="left", show_lines=True)
+            table.add_column("model", overflow="fold")
+            for label, _ in shown:
+                table.add_column(escape(label), overflow="fold", justify="right")
+            for model in summary.models:
+                cells = [_cell(rows.get(model.name)) for _, rows in shown]
+                table.add_row(escape(model.name), *cells)
+            console.print(table)
+    for warning in summary.warnings:
+        console.print(f"warning: {escape(warning)}")
+
+
+def _headlines(summary: Summary) -> dict[str, list[tuple[str, dict[str, Row]]]]:
+    """Return by axis a label and a row per model for each evaluation; its first judge alone."""
+    found: dict[tuple[str, str, str, str], dict[str, dict[str, Row]]] = {}
+    for row in summary.rows:
+        if row.subset == "" and row.metric in HEADLINE:
+            key = (row.axis, row.evaluation, row.transform, row.channel)
+            by_judge = found.setdefault(key, {})
+            by_judge.setdefault(_judged(row), {})[row.model] = row
+    columns: dict[str, list[tuple[str, dict[str, Row]]]] = {}
+    for (axis, evaluation, transform, channel), metrics in found.items():
+        name, rows = next(iter(metrics.items()))
+        sizes = sorted({r.n for r in rows.values()})
+        counts = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"
+        way = [p for p in (transform, channel) if p not in {"none", "chat", "perplexity"}]
+        label = " ".join([evaluation, *way]) + f"\n{name}\nn={counts}"
+        columns.setdefault(axis, []).append((label, rows))
+    return columns
+
+
+def _judged(row: Row) -> str:
+    return row.metric if row.metric == "perplexity" else f"{row.metric} by {row.judge}"
+
+
+def _cell(row: Row | None) -> str:
+    if row is None or row.value is None:
+        return "no data"
+    scale, digits = (1, 2) if row.metric == "perplexity" else (100, 0)
+    text = f"{scale * row.value:.{max(digits, 1)}f}"
+    if row.low is not None and row.high is not None:
+        text += f"\n{scale * row.low:.{digits}f}-{scale * row.high:.{digits}f}"
+    text += f"\nunscored {row.unscored}" if row.unscored else ""
+    return text + (f"\n{escape(row.note)}" if row.note else "")
+
+
+def print_checks(found: Sequence[Check]) -> None:
+    """Print what `doctor` found, and what to do where something is wrong."""
+    console = Console()
+    for check in found:
+        colour = {"ok": "green", "warn": "yellow", "fail": "red"}[check.status]
+        console.print(
+            f"[{colour}]{check.status:<5}[/] {escape(check.name)}: {escape(check.detail)}"
+        )
+        if check.what_to_do:
+            console.print(f"      {escape(check.what_to_do)}")
+
+
+def print_plan(planned: Mapping[str, Any]) -> None:
+    """Print the jobs, what is finished, and the smallest detectable difference of each set."""
+    console = Console()
+    sets = Table(title="evaluations")
+    for column in ("evaluation", "axis", "n", "groups", "smallest detectable difference"):
+        sets.add_column(column, overflow="fold")
+    for e in planned["evaluations"]:
+        sets.add_row(
+            escape(e["evaluation"]),
+            e["axis"],
+            str(e["n"]),
+            str(e["groups"]),
+            _points(e["smallest_detectable_difference"]),
+        )
+    console.print(sets)
+    done = sum(j["cached"] for j in planned["jobs"])
+    console.print(f"{len(planned['jobs'])} jobs, {done} finished already")
+    for job in planned["jobs"]:
+        console.print(f"  {'done' if job['cached'] else 'to do':<6} {escape(job['id'])}")
+    for warning in planned["warnings"]:
+        console.print(f"warning: {escape(warning)}")
+
+
+def _points(difference: float | None) -> str:
+    return "-" if difference is None else f"{100 * difference:.1f} points"
