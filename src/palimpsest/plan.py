@@ -45,13 +45,14 @@ def make_plan(recipe: Recipe, *, allow_code: bool = False) -> Plan:
         PalimpsestError: whatever is wrong, before any weight is loaded.
     """
     builder = _Builder(recipe, allow_code)
+    given = {spec.name: _given(spec) for spec in recipe.models}
     evaluations = builder.evaluations()
     keys = [e.key for e in evaluations]
     for key in keys:
         if keys.count(key) > 1:
             raise RecipeError(f"evaluation {key!r} is there {keys.count(key)} times; rename one")
     judges = {name: builder.judge(name) for e in evaluations for name in e.judges}
-    models = builder.models()
+    models = [*given.values(), *builder.unlearned(given)]
     jobs: list[Job] = []
     for model in models:
         if model.method is not None:
@@ -198,10 +199,9 @@ class _Builder:
                 )
         return out
 
-    def models(self) -> list[PlannedModel]:
-        """Return the given models, then the ones that methods make."""
-        given = {spec.name: _given(spec) for spec in self.recipe.models}
-        return [*given.values(), *(self._unlearned(m, given) for m in self.recipe.methods)]
+    def unlearned(self, given: Mapping[str, PlannedModel]) -> list[PlannedModel]:
+        """Return the models that methods make of the given ones."""
+        return [self._unlearned(m, given) for m in self.recipe.methods]
 
     def _unlearned(self, method: MethodSpec, given: Mapping[str, PlannedModel]) -> PlannedModel:
         where = f"methods.{method.name}"

@@ -13,7 +13,7 @@ from palimpsest.datasets.sandbox_forget import SandboxForget
 from palimpsest.datasets.sandbox_retain import SandboxRetain
 from palimpsest.model import load_model
 from palimpsest.sandbox import NAMES, checkpoint_path
-from palimpsest.sandbox.card import AIMS, FLOOR_GATE, FLOOR_HIGH, missed_aims
+from palimpsest.sandbox.card import AIMS, FLOOR_GATE, FLOOR_HIGH, missed_aims, single_draw_misses
 from palimpsest.sandbox.measure import (
     Figures,
     Measurement,
@@ -47,6 +47,9 @@ def test_every_card_reaches_its_aims(name: str) -> None:
     card = json.loads((checkpoint_path(name) / "card.json").read_text(encoding="utf-8"))
     assert card["name"] == card["training"]["name"] == name
     assert card["missed_aims"] == missed_aims(name, card["figures"]) == []
+    one_draw = single_draw_misses(name, card["figures"])
+    assert card["missed_on_a_single_draw"] == one_draw
+    assert len(one_draw) == (2 if name == "never-trained" else 0)
 
 
 @pytest.mark.parametrize("figure", AIMS["original"])
