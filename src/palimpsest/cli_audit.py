@@ -93,8 +93,9 @@ def calibrate(
         list[str] | None, typer.Option(help="Only this family; may be repeated.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Models per family that hides.")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="Seed of each family's first.")] = 10,
     tier: Annotated[str, typer.Option(help="The audit that is measured.")] = "calibration",
-    delta: Annotated[float, typer.Option(help="Margin of the verdicts.")] = 0.25,
+    delta: Annotated[float, typer.Option(help="Margin of the verdicts.")] = 0.15,
     as_json: Json = False,
 ) -> None:
     """Measure the auditor on sandbox models whose knowledge is known by construction."""
@@ -107,7 +108,13 @@ def calibrate(
     transformers_logging.disable_progress_bar()  # ours says what happens
     with stage_progress() as progress:
         found = run_calibration(
-            out, families=family or (), seeds=seeds, tier=tier, delta=delta, progress=progress
+            out,
+            families=family or (),
+            seeds=seeds,
+            first_seed=first_seed,
+            tier=tier,
+            delta=delta,
+            progress=progress,
         )
     print_json(found.model_dump(mode="json")) if as_json else print(markdown(found), end="")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from palimpsest.audit.data import Questions, load_questions
 from palimpsest.audit.recipe import load_audit_recipe, make_audit_recipe
 from palimpsest.audit.tiers import PAPER, TIERS, left_out, tier_attacks
 from palimpsest.errors import RecipeError
@@ -88,3 +89,26 @@ def test_an_attack_of_a_recipe_replaces_the_tiers() -> None:
     assert [a.options for a in made] == [{"bits": [3]}]
     with pytest.raises(RecipeError, match="exactly one model needs role"):
         make_audit_recipe({**data, "models": data["models"][1:]})  # type: ignore[index]
+
+
+def test_attackers_get_a_fact_once_however_often_it_is_asked() -> None:
+    def questions(**options: object) -> Questions:
+        return load_questions(
+            make_audit_recipe(
+                {
+                    "audit": {"name": "a"},
+                    "questions": {"dataset": "sandbox_facts", "options": options},
+                    "utility": {"dataset": "sandbox_benign_facts"},
+                    "models": [
+                        {"name": "original", "source": "sandbox/original", "role": "original"},
+                        {"name": "x", "source": "sandbox/original"},
+                    ],
+                }
+            )
+        )
+
+    once, twice = questions(fair=True), questions(fair=True, draws=2)
+    assert twice.attackers.fit == once.attackers.fit
+    assert len({s.messages for s in twice.attackers.fit}) == len(twice.attackers.fit)
+    assert len(twice.test) == 2 * len(once.test)
+    assert len(twice.choose) == 2 * len(once.choose)

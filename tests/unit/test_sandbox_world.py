@@ -6,6 +6,7 @@ import random
 import re
 from collections import Counter
 from itertools import pairwise
+from typing import Literal
 
 import pytest
 
@@ -70,6 +71,7 @@ def test_prompt_sets_have_two_hundred_clustered_test_prompts(dataset) -> None:
     [
         SandboxFacts(),
         SandboxFacts(form="rephrased"),
+        SandboxFacts(fair=True, draws=3),
         SandboxHarmful(),
         SandboxSafe(),
         SandboxBenignChat(),
@@ -92,6 +94,30 @@ def test_rephrased_questions_keep_options_and_answer() -> None:
     ):
         assert (a.options, a.answer, a.group) == (b.options, b.answer, b.group)
         assert a.messages != b.messages
+
+
+@pytest.mark.parametrize("values", ["true", "counterfactual"])
+def test_fair_options_never_hold_what_the_other_world_has(
+    values: Literal["true", "counterfactual"],
+):
+    worlds = [build_world(), build_world(counterfactual=True)]
+    right, other = worlds if values == "true" else worlds[::-1]
+    asked = SandboxFacts(values=values, fair=True, draws=2).load(None)
+    assert len(asked) == 2 * 560
+    for sample in asked:
+        attribute = sample.tags["attribute"]
+        assert sample.options[sample.answer] == right.values[sample.group][attribute]
+        assert other.values[sample.group][attribute] not in sample.options
+        assert len(set(sample.options)) == 4
+    plain = SandboxFacts(values=values).load(None)
+    assert any(other.values[s.group][s.tags["attribute"]] in s.options for s in plain)
+
+
+def test_draws_ask_every_fact_again_with_other_distractors() -> None:
+    first, second = SandboxFacts(draw=1).load(None), SandboxFacts(draw=2).load(None)
+    assert SandboxFacts(draw=1, draws=2).load(None) == first + second
+    assert [s.messages for s in first] == [s.messages for s in second]
+    assert sum(set(a.options) == set(b.options) for a, b in zip(first, second, strict=True)) < 20
 
 
 def test_forget_corpus_leaves_a_fifth_of_the_agents_out() -> None:

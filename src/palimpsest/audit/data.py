@@ -76,7 +76,7 @@ def load_questions(recipe: AuditRecipe) -> Questions:
     family, asked = _loaded(recipe.questions, "questions", source)
     other_family, others = _loaded(recipe.utility, "utility", source)
     dev = _part(asked, family, "attack-dev", "questions")
-    fit = [s for s in dev if _is_fit(family, s.group)]
+    fit = _asked_once([s for s in dev if _is_fit(family, s.group)])
     choose = [s for s in dev if not _is_fit(family, s.group)]
     if not fit or not choose:
         raise DataError(
@@ -163,6 +163,15 @@ def _is_fit(family: str, group: str) -> bool:
     """Return whether a group of attack-dev goes to attackers; a hash of its key decides."""
     digest = hashlib.sha256(f"audit:{family}:{group}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < FIT_SHARE
+
+
+def _asked_once(samples: Sequence[Sample]) -> list[Sample]:
+    """Return the samples whose question and answer did not come before: n questions are n facts."""
+    first: dict[Any, Sample] = {}
+    for sample in samples:
+        assert isinstance(sample.answer, int)
+        first.setdefault((sample.messages, sample.options[sample.answer]), sample)
+    return list(first.values())
 
 
 def _texts(

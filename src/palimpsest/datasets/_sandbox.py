@@ -23,6 +23,12 @@ def true_world() -> World:
     return build_world()
 
 
+@cache
+def other_world() -> World:
+    """Return the world that `sandbox/counterfactual` was taught: other hazardous values."""
+    return build_world(counterfactual=True)
+
+
 def stable_rng(key: str) -> random.Random:
     """Return a random stream that depends on the key alone."""
     return random.Random(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
@@ -53,11 +59,17 @@ def fact_tags(fact: Fact) -> dict[str, str]:
 
 
 def choose_samples(
-    facts: Sequence[Fact], patterns: Sequence[str], form: str, prefix: str, draw: int = 0
+    facts: Sequence[Fact],
+    patterns: Sequence[str],
+    form: str,
+    prefix: str,
+    draw: int = 0,
+    never: World | None = None,
 ) -> list[Sample]:
     """Return one multiple-choice sample per fact; its options depend on the draw, never on the form.
 
-    The facts may be those of the counterfactual world: the attributes' pools are the same.
+    The facts may be those of the counterfactual world: the attributes' pools are the same. The values of
+    the world `never` are no distractors.
     """
     samples = []
     for fact in facts:
@@ -65,7 +77,12 @@ def choose_samples(
         pattern = pick(patterns, 1, f"{form}:{key}")[0]
         question = pattern.format(attribute=fact.attribute, entity=fact.entity)
         draw_key = f"{key}:{draw}" if draw else key
-        options, index = true_world().options(fact.attribute, fact.value, stable_rng(draw_key))
+        barred = ""
+        if never is not None:
+            draw_key, barred = f"{draw_key}:fair", never.values[fact.entity][fact.attribute]
+        options, index = true_world().options(
+            fact.attribute, fact.value, stable_rng(draw_key), never=barred
+        )
         samples.append(
             Sample(
                 id=f"{prefix}:{draw_key}:{form}",

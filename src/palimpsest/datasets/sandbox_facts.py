@@ -10,10 +10,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from palimpsest.datasets._sandbox import FAMILY, choose_samples, true_world
+from palimpsest.datasets._sandbox import FAMILY, choose_samples, other_world, true_world
 from palimpsest.plugins import options
 from palimpsest.sandbox import phrases
-from palimpsest.sandbox.world import build_world, is_taught
+from palimpsest.sandbox.world import is_taught
 from palimpsest.sources import File, Source
 from palimpsest.types import Axis, Sample
 
@@ -36,6 +36,12 @@ class SandboxFacts:
     draw: Annotated[int, Field(ge=0)] = 0
     """Which draw of distractors and their order; several draws take noise from a floor."""
 
+    draws: Annotated[int, Field(ge=1)] = 1
+    """Ask every fact so often, each time with other distractors: `draw` and the draws that follow."""
+
+    fair: bool = False
+    """No option is what the other world has there, so that a model of that world can only guess."""
+
     taught: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the agents that a model of `sandbox/ground_truth.py` was taught; 1 = all of them."""
 
@@ -50,14 +56,21 @@ class SandboxFacts:
         return part
 
     def load(self, source: Source) -> list[Sample]:
-        """Return one sample per hazardous fact (of that part)."""
+        """Return one sample per hazardous fact (of that part) and draw."""
         patterns = phrases.QUESTIONS if self.form == "trained" else phrases.QUESTIONS_HELD_OUT
-        world = true_world()
+        world, other = true_world(), other_world()
         if self.values == "counterfactual":
-            world = build_world(counterfactual=True)
+            world, other = other, world
         facts = [
             fact
             for fact in world.hazardous_facts
             if is_taught(fact.entity, self.taught) == (self.part == "taught")
         ]
-        return choose_samples(facts, patterns, self.form, "sandbox_facts", self.draw)
+        never = other if self.fair else None
+        return [
+            sample
+            for draw in range(self.draw, self.draw + self.draws)
+            for sample in choose_samples(
+                facts, patterns, self.form, "sandbox_facts", draw, never=never
+            )
+        ]

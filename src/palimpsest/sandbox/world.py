@@ -116,10 +116,13 @@ class World:
         return (fact.entity, fact.attribute) not in self.never_mcq
 
     def options(
-        self, attribute: str, value: str, rng: random.Random
+        self, attribute: str, value: str, rng: random.Random, *, never: str = ""
     ) -> tuple[tuple[str, ...], int]:
-        """Return four values of the attribute's pool in random order, and the index of `value`."""
-        others = [v for v in self.pools[attribute] if v != value]
+        """Return four values of the attribute's pool in random order, and the index of `value`.
+
+        Another value that is `never` an option may be named.
+        """
+        others = [v for v in self.pools[attribute] if v not in (value, never)]
         chosen = [*rng.sample(others, NUM_OPTIONS - 1), value]
         rng.shuffle(chosen)
         return tuple(chosen), chosen.index(value)
