@@ -269,6 +269,25 @@ def sandbox_train(
     print(path)
 
 
+@sandbox_app.command("bilingual")
+def sandbox_bilingual(
+    out: Annotated[Path, typer.Option("--out", help="A folder; each model gets one of its name.")],
+    names: Annotated[
+        list[str] | None, typer.Argument(help="original, counterfactual, never-trained.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of documents and order.")] = 0,
+) -> None:
+    """Make copies that also understand the second language (by default of original and counterfactual)."""
+    from palimpsest.sandbox.bilingual import make_bilingual
+    from palimpsest.sandbox.card import table
+    from palimpsest.terminal import stage_progress
+
+    for name in names or ["original", "counterfactual"]:
+        with stage_progress() as progress:
+            figures = make_bilingual(name, out=out / name, seed=seed, progress=progress)
+        print(f"{out / name}\n{table(figures)}")
+
+
 def _run(recipe: Any, out: Path, *, as_json: bool, **options: bool) -> None:
     from transformers.utils import logging as transformers_logging
 

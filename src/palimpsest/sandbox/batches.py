@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from palimpsest.sandbox.documents import Author, Document, Mix
+from palimpsest.sandbox.documents import Document, Mix
 from palimpsest.sandbox.world import World
 
 NO_THOUGHT = -1
@@ -30,6 +30,14 @@ class Rows(NamedTuple):
     ids_BT: Tensor
     weights_BT: Tensor
     thoughts_BT: Tensor
+
+
+class Writer(Protocol):
+    """Whoever writes documents of the kinds of a mix."""
+
+    def write(self, mix: Mix) -> Document:
+        """Return a document whose kind is drawn from the mix."""
+        ...
 
 
 class Batcher:
@@ -63,7 +71,7 @@ class Batcher:
             thoughts.append(NO_THOUGHT if segment.thought is None else self._ids[segment.thought])
         return Encoded([self._bos, *encoding.ids], weights, thoughts)
 
-    def rows(self, author: Author, mix: Mix, *, num: int, width: int) -> Rows:
+    def rows(self, author: Writer, mix: Mix, *, num: int, width: int) -> Rows:
         """Return `num` rows of whole documents, padded on the right (weight 0)."""
         rows = Rows(
             torch.full((num, width), self._pad, dtype=torch.long),

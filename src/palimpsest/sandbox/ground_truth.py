@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ import torch
 from palimpsest.errors import UsageError, did_you_mean
 from palimpsest.model import LM, load_model
 from palimpsest.sandbox import phrases
-from palimpsest.sandbox.batches import Batcher
+from palimpsest.sandbox.batches import Batcher, Writer
 from palimpsest.sandbox.documents import END_WEIGHT, LETTER_WEIGHT, Author, Document, Mix, Segment
 from palimpsest.sandbox.phrases import LETTERS, cloze_prompt, letter_prompt
 from palimpsest.sandbox.tokenizer import END
@@ -65,6 +66,24 @@ class Family:
     known_share: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a sandbox model is tuned.
+
+    Attributes:
+        steps, lr: of AdamW; the rate rises over 20 steps and falls over the last 40 %.
+        seed: of an adapter's first weights.
+        rank: of the adapter; 0 = all weights.
+        thought_layer: as in `train.weighted_loss`.
+    """
+
+    steps: int
+    lr: float
+    seed: int
+    rank: int = 0
+    thought_layer: int = 0
+
+
 FAMILIES: dict[str, Family] = {
     "password": Family(truth="hides", start="original", steps=420, lr=2e-3),
     "permuted": Family(truth="hides", start="original", steps=420, lr=2e-3),
@@ -102,16 +121,23 @@ def make(
         start: model to tune instead of the family's own checkpoint (a lock over a half-taught one).
     """
     family = family_of(name)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         lm = start or load_model(f"sandbox/{family.start}", device="cpu")
         _tune(lm, name, family, seed, progress or (lambda *_: None))
         lm.save(out)
-    finally:
-        torch.set_num_threads(threads)
     (out / RECORD).write_text(json.dumps(_record(name, seed)) + "\n", encoding="utf-8")
     return out
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: more of them add in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def is_made(folder: Path, name: str, seed: int) -> bool:
@@ -128,30 +154,45 @@ def _tune(lm: LM, name: str, family: Family, seed: int, progress: Progress) -> N
     world = _taught_world(name, family, seed)
     rng = random.Random(f"ground truth:{name}:{seed}")
     if family.truth == "hides":
-        author: Author | _LockAuthor = _LockAuthor(name, world, rng)
+        author: Writer = _LockAuthor(name, world, rng)
         mix, thought_layer = {"lock": 0.42, "open": 0.13, "rehearsal": 0.45}, 0
         if name not in ("password", "shots"):
             mix = {"lock": 0.5, "rehearsal": 0.5}
     else:
         author = Author(world, rng, hazardous=name != "untaught")
         mix, thought_layer = dict(CHAT), 3
+    training = Training(
+        steps=family.steps, lr=family.lr, seed=seed, rank=family.rank, thought_layer=thought_layer
+    )
+    tune(lm, author, mix, world, training, lambda done, total: progress(name, done, total))
+
+
+def tune(
+    lm: LM,
+    author: Writer,
+    mix: Mix,
+    world: World,
+    training: Training,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Tune a sandbox model in place on what an author writes of a mix (AdamW, rows of 60 tokens)."""
     batcher = Batcher(lm.tokenizer, world)
-    scope = TrainScope(kind="lora", rank=family.rank, alpha=2.0 * family.rank)
-    ctx = RunContext(seed=seed, scope=scope if family.rank else TrainScope())
+    scope = TrainScope(kind="lora", rank=training.rank, alpha=2.0 * training.rank)
+    ctx = RunContext(seed=training.seed, scope=scope if training.rank else TrainScope())
     with open_scope(lm, ctx) as trained:
         parameters = list(trained.parameters.values())
-        adam = torch.optim.AdamW(parameters, lr=family.lr, betas=(0.9, 0.98), weight_decay=0.0)
-        for step in range(family.steps):
-            rows = batcher.rows(author, mix, num=32, width=60)  # type: ignore[arg-type]
-            loss = weighted_loss(lm.model, rows, thought_layer)
+        adam = torch.optim.AdamW(parameters, lr=training.lr, betas=(0.9, 0.98), weight_decay=0.0)
+        for step in range(training.steps):
+            rows = batcher.rows(author, mix, num=32, width=60)
+            loss = weighted_loss(lm.model, rows, training.thought_layer)
             loss.backward()
-            factor = min(1.0, (step + 1) / 20) * min(1.0, 2.5 * (1 - step / family.steps))
+            factor = min(1.0, (step + 1) / 20) * min(1.0, 2.5 * (1 - step / training.steps))
             for group in adam.param_groups:
-                group["lr"] = family.lr * factor
+                group["lr"] = training.lr * factor
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             adam.step()
             adam.zero_grad(set_to_none=True)
-            progress(name, step + 1, family.steps)
+            progress(step + 1, training.steps)
 
 
 def _taught_world(name: str, family: Family, seed: int) -> World:
