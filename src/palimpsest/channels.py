@@ -206,11 +206,17 @@ def open_channel(
 
 
 def choice_query(
-    tokenizer: PreTrainedTokenizerBase, sample: Sample, channel: Channel, *, before: str = ""
+    tokenizer: PreTrainedTokenizerBase,
+    sample: Sample,
+    channel: Channel,
+    *,
+    before: str = "",
+    behind: str = "",
 ) -> tuple[Query, list[int]]:
     """Return the query of a multiple-choice sample, and which option each continuation spells.
 
-    `before` is text that stands in front of the whole prompt (not in a chat template).
+    `before` is text in front of the whole prompt, `behind` an answer that is begun (neither in a chat
+    template).
     """
     if not 2 <= len(sample.options) <= len(LETTERS):
         raise DataError(
@@ -222,7 +228,8 @@ def choice_query(
         prefix, encode = prompt_ids(tokenizer, told), rendered_ids
         before_it = rendered_ids(tokenizer, prompt)  # without the BOS of a model without a template
     else:
-        prompt = before + (cloze_prompt(sample) if channel == "cloze" else letter_prompt(sample))
+        prompt = cloze_prompt(sample) if channel == "cloze" else letter_prompt(sample)
+        prompt = f"{before}{prompt}{behind}"
         prefix = before_it = text_ids(tokenizer, prompt)
         encode = text_ids
     continuations: list[tuple[int, ...]] = []

@@ -17,6 +17,24 @@ if TYPE_CHECKING:
 AuditOut = Annotated[
     Path, typer.Option("--out", help="Folder; the same folder resumes and shares arms.")
 ]
+UnlearnedModels = Annotated[
+    list[str] | None,
+    typer.Argument(help="Unlearned model; several are training seeds, but for NAME=MODEL."),
+]
+Controls = Annotated[
+    list[str] | None,
+    typer.Option(help="A model that never knew; the first is the floor. May be repeated."),
+]
+Attacks = Annotated[
+    list[str] | None,
+    typer.Option(help="Only this attack, with its default options. May be repeated."),
+]
+Matrix = Annotated[
+    bool, typer.Option(help="Try prompts fitted on one unlearned model on all others.")
+]
+KeepWeights = Annotated[
+    bool, typer.Option(help="Keep the weights that attacks made (they know again).")
+]
 SANDBOX_RECIPE = "audit-sandbox"
 
 
@@ -29,32 +47,26 @@ audit_app = typer.Typer(
 
 @audit_app.command("models")
 def audit(
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(help="Unlearned model; several are training seeds of one method."),
-    ] = None,
+    models: UnlearnedModels = None,
     out: AuditOut = Path("palimpsest-audit"),
     recipe: Annotated[
         str | None, typer.Option(help="Audit recipe: data, attacks, models (docs/audit.md).")
     ] = None,
     original: Annotated[str | None, typer.Option(help="The model before unlearning.")] = None,
-    control: Annotated[
-        list[str] | None,
-        typer.Option(help="A model that never knew; the first is the floor. May be repeated."),
+    control: Controls = None,
+    invented: Annotated[
+        str | None,
+        typer.Option(help="Data set of invented facts: the floor where no control model exists."),
     ] = None,
     name: Annotated[str, typer.Option(help="What the report calls the method.")] = "unlearned",
     tier: Annotated[str | None, typer.Option(help="quick, standard, paper, none.")] = None,
-    attack: Annotated[
-        list[str] | None,
-        typer.Option(help="Only this attack, with its default options. May be repeated."),
-    ] = None,
+    attack: Attacks = None,
     delta: Annotated[float | None, typer.Option(help="Margin of the verdict (.15).")] = None,
     seed: Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")] = None,
     limit: Annotated[int | None, typer.Option(help="Score only N questions.")] = None,
+    transfer_matrix: Matrix = False,
     sets: Sets = None,
-    keep_weights: Annotated[
-        bool, typer.Option(help="Keep the weights that attacks made (they know again).")
-    ] = False,
+    keep_weights: KeepWeights = False,
     as_json: Json = False,
     allow_code: AllowCode = False,
     plan: Annotated[bool, typer.Option(help="Only say what would run.")] = False,
@@ -67,8 +79,15 @@ def audit(
     from palimpsest.terminal_audit import AuditBars, print_audit, print_audit_plan
 
     changes = {"tier": tier, "delta": delta, "seed": seed, "limit": limit}
+    changes["transfer_matrix"] = transfer_matrix or None
+    if control and invented:
+        raise UsageError(
+            "--control and --invented both name the floor; with a control model invented facts have no "
+            "effect: give one of them"
+        )
     loaded = _recipe(
-        recipe, models or [], original, control or [], name, attack or [], changes, sets or []
+        *(recipe, models or [], original, control or [], invented, name),
+        *(attack or [], changes, sets or []),
     )
     if plan:
         print_audit_plan(plan_audit(loaded, allow_code=allow_code), as_json=as_json)
@@ -124,6 +143,7 @@ def _recipe(
     models: list[str],
     original: str | None,
     controls: list[str],
+    invented: str | None,
     label: str,
     attacks: list[str],
     changes: dict[str, Any],
@@ -153,16 +173,17 @@ def _recipe(
     if original is not None:
         given[:] = [m for m in given if m.get("role") != "original"]
         given.append({"name": "original", "source": original, "role": "original"})
-    if controls:
+    if controls or invented is not None:  # each replaces the recipe's floor
         given[:] = [m for m in given if m.get("role") != "control"]
+        data.pop("invented", None)
+        data |= {} if invented is None else {"invented": {"dataset": invented}}
         given += [
             {"name": f"control-{i}" if i else "control", "source": c, "role": "control"}
             for i, c in enumerate(controls)
         ]
     if models:
         given[:] = [m for m in given if m.get("role") in ("original", "control")]
-        names = [label] if len(models) == 1 else [f"{label}@{i}" for i in range(len(models))]
-        given += [{"name": n, "source": m} for n, m in zip(names, models, strict=True)]
+        given += _named(models, label)
     if attacks:
         data["attacks"] = [{"use": a} for a in attacks]
         changes = changes | {"tier": "none"}
@@ -170,6 +191,22 @@ def _recipe(
     data["audit"].update({k: v for k, v in changes.items() if v is not None})
     apply_sets(data, sets)
     return make_audit_recipe(data)
+
+
+def _named(models: list[str], label: str) -> list[dict[str, str]]:
+    """Return models with names: `npo=PATH` has one; the others are training seeds of `label`."""
+    from palimpsest.recipe import NAME
+
+    parts = [m.partition("=") for m in models]
+    has_name = [bool(p[2] and NAME.fullmatch(p[0].replace("@", "."))) for p in parts]
+    number = iter(range(has_name.count(False)))
+    alone = has_name.count(False) == 1
+    return [
+        {"name": p[0], "source": p[2]}
+        if is_named
+        else {"name": label if alone else f"{label}@{next(number)}", "source": model}
+        for model, p, is_named in zip(models, parts, has_name, strict=True)
+    ]
 
 
 def rewrite_page(folder: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -59,17 +59,21 @@ MEMORY_COLUMNS = {
 """Column of the memory table -> parts of `dry_run.PARTS`."""
 
 
-class TerminalWatcher:
-    """Two bars: all jobs, and the job that runs, each with the time left."""
+class TwoBars:
+    """Two bars, each with the time left: all jobs, and the job that runs.
 
-    def __init__(self) -> None:
-        """Prepare the bars."""
+    They appear with the number of jobs, so that an error before it stands alone.
+    """
+
+    def __init__(self, what: str) -> None:
+        """Prepare the bars; `what` names the first."""
+        self.what = what
         self._bars = bars()
-        self._all = self._bars.add_task("jobs", total=None)
+        self._all = self._bars.add_task(what, total=None)
         self._one = self._bars.add_task("", total=None, visible=False)
 
-    def __enter__(self) -> TerminalWatcher:
-        """Return the watcher; the bars appear with the plan, so that an error before it stands alone."""
+    def __enter__(self) -> Self:
+        """Return the bars."""
         return self
 
     def __exit__(
@@ -83,15 +87,15 @@ class TerminalWatcher:
         if self._bars.live.is_started:
             self._bars.stop()
 
-    def plan(self, total: int, cached: int) -> None:
+    def show(self, total: int, cached: int, *, completed: int) -> None:
         """Show the bars, with the number of jobs."""
         self._bars.start()
-        text = f"jobs ({cached} finished before)" if cached else "jobs"
-        self._bars.update(self._all, total=total, completed=cached, description=text)
+        text = f"{self.what} ({cached} finished before)" if cached else self.what
+        self._bars.update(self._all, total=total, completed=completed, description=text)
 
-    def job(self, job: Job) -> None:
+    def start(self, name: str) -> None:
         """Begin a job."""
-        self._bars.reset(self._one, total=None, description=escape(job.id), visible=True)
+        self._bars.reset(self._one, total=None, description=escape(name), visible=True)
 
     def step(self, done: int, total: int, text: str) -> None:
         """Move the running job's bar."""
@@ -100,9 +104,29 @@ class TerminalWatcher:
             name = str(self._bars.tasks[1].description).split("  ")[0]
             self._bars.update(self._one, description=f"{name}  {escape(text)}")
 
-    def finished(self, job: Job) -> None:
+    def advance(self) -> None:
         """End a job."""
         self._bars.advance(self._all)
+
+
+class TerminalWatcher(TwoBars):
+    """The bars of a run."""
+
+    def __init__(self) -> None:
+        """Prepare the bars."""
+        super().__init__("jobs")
+
+    def plan(self, total: int, cached: int) -> None:
+        """Show the bars, with the number of jobs."""
+        self.show(total, cached, completed=cached)
+
+    def job(self, job: Job) -> None:
+        """Begin a job."""
+        self.start(job.id)
+
+    def finished(self, job: Job) -> None:
+        """End a job."""
+        self.advance()
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
@@ -11,55 +10,32 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from palimpsest.audit.record import AttackRow, Audit, AuditReport, Interval
+from palimpsest.audit.record import AttackRow, Audit, AuditReport, Interval, TransferMatrix
 from palimpsest.cli_options import print_json
-from palimpsest.terminal import bars
+from palimpsest.terminal import TwoBars
 
 if TYPE_CHECKING:
     from palimpsest.audit.planning import Planned
 
 
-class AuditBars:
-    """Two bars: all attacks on all arms, and the one that runs."""
+class AuditBars(TwoBars):
+    """The bars of an audit."""
 
     def __init__(self) -> None:
         """Prepare the bars."""
-        self._bars = bars()
-        self._all = self._bars.add_task("attacks x arms", total=None)
-        self._one = self._bars.add_task("", total=None, visible=False)
-
-    def __enter__(self) -> AuditBars:
-        """Return the watcher; the bars appear with the plan."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop."""
-        self._bars.update(self._one, visible=False)
-        if self._bars.live.is_started:
-            self._bars.stop()
+        super().__init__("attacks x arms")
 
     def begin(self, total: int, cached: int) -> None:
-        """Show the bars."""
-        self._bars.start()
-        text = f"attacks x arms ({cached} finished before)" if cached else "attacks x arms"
-        self._bars.update(self._all, total=total, completed=0, description=text)
+        """Show the bars; jobs that are finished already count when they are come to."""
+        self.show(total, cached, completed=0)
 
     def job(self, name: str) -> None:
         """Begin a job."""
-        self._bars.reset(self._one, total=None, description=escape(name), visible=True)
-
-    def step(self, done: int, total: int, text: str) -> None:
-        """Move the running job's bar."""
-        self._bars.update(self._one, total=total, completed=done)
+        self.start(name)
 
     def finished(self) -> None:
         """End a job."""
-        self._bars.advance(self._all)
+        self.advance()
 
 
 def print_audit(report: AuditReport, page: Path) -> None:
@@ -78,12 +54,33 @@ def print_audit(report: AuditReport, page: Path) -> None:
             console.print(f"  {escape(line)}")
         if audit.with_original != audit.verdict:
             console.print(f"  with attacks that need the original model: {audit.with_original}")
+        console.print(f"floor: {escape(audit.floor)}")
         console.print(_table(audit))
         if audit.cheapest:
             console.print(f"cheapest that recovers: {escape(audit.cheapest)}")
         for line in audit.unsupported:
             console.print(f"not supported: {escape(line)}")
+    for matrix in report.transfer:
+        console.print(f"\n{escape(matrix.attack)}, {matrix.channel}: change in accuracy, points")
+        console.print(_transfer_table(matrix))
     console.print(f"report: {escape(str(page.resolve()))}", soft_wrap=True)
+
+
+def _transfer_table(matrix: TransferMatrix) -> Table:
+    table = Table("fitted on", "asked", "without", "with", "change", "R", box=SIMPLE)
+    for row in matrix.rows:
+        for cell in row.cells:
+            other = " (other seeds)" if cell.kind == "other seeds" else ""
+            rates = [
+                "-" if r.value is None else f"{100 * r.value:.0f}" for r in (cell.plain, cell.rate)
+            ]
+            changes = [percent(cell.change), percent(cell.recovered)]
+            table.add_row(
+                *(escape(x) for x in (row.fitted_on, cell.column + other, *rates, *changes))
+            )
+        if row.reason:
+            table.add_row(escape(row.fitted_on), escape(row.reason), "", "", "", "")
+    return table
 
 
 def _table(audit: Audit) -> Table:

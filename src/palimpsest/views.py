@@ -25,6 +25,8 @@ a threat model of its own."""
 Plain = str | int | float | bool
 AuditChannel = Literal["letter", "cloze", "generation", "probe"]
 CHANNELS: tuple[AuditChannel, ...] = ("letter", "cloze", "generation")
+PLACEBO_DRAWS = 3
+"""Least draws of a placebo that need no training, search or longer prompts: one would be an anecdote."""
 
 
 def as_it_is(lm: LM) -> AbstractContextManager[LM]:
@@ -167,7 +169,7 @@ class KnowledgeAttack(Protocol):
         arms: `refit` runs the attack on every arm; `transfer` fits it once, on the unlearned model, and
             applies what it found to all arms.
         role: `attack`; or `diagnostic`: shown, and never part of a verdict.
-        trains: whether weights are trained; without a control model such an attack shows nothing.
+        trains: whether weights are trained; against the floor of chance such an attack shows nothing.
     """
 
     access: ClassVar[Literal["prompts", "weights"]]
@@ -187,11 +189,23 @@ class KnowledgeAttack(Protocol):
     def placebo(self) -> KnowledgeAttack | None:
         """Return what has this attack's form and size, and none of its information.
 
-        It runs on the unlearned arm. An attack counts where it beats its placebo, or where the placebo
-        itself beats the control: then any change of that form brings back what was there. None where the
-        control arm is placebo enough.
+        It runs on the unlearned arm and on the first control. An attack counts where it beats its placebo,
+        or where the placebo does more to the unlearned arm than to the control: then any change of that
+        form brings back what was there. Keys of a setting that the attack's lack name kinds of placebo,
+        which are kept apart. None where the control arm is placebo enough.
         """
         ...
+
+
+@runtime_checkable
+class FittedPrompt(Protocol):
+    """An attack that fits a prompt on one model: tokens, soft tokens, or how questions are changed.
+
+    Its views change what is asked and no weight, and hold when the generator has ended: any other model of
+    the audit can be asked in the same way (`audit.transfer_matrix`).
+    """
+
+    fits_prompt: ClassVar[Literal[True]]
 
 
 def without_key(sample: Sample) -> Sample:

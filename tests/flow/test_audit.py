@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from typer.testing import CliRunner
 
-from palimpsest.audit import arms
+from palimpsest.audit import arms, engine
 from palimpsest.audit.engine import audit
 from palimpsest.audit.planning import Planned, plan_audit
 from palimpsest.audit.recipe import load_audit_recipe, make_audit_recipe
 from palimpsest.audit.record import AttackRow, AuditReport
 from palimpsest.cli import app
-from palimpsest.errors import PalimpsestError
+from palimpsest.errors import ModelError, PalimpsestError
+from palimpsest.model import load_model, weights_sha256
 from palimpsest.report.audit_page import render, write_audit_page
 
 Checkpoint = Callable[..., Path]
@@ -57,6 +60,9 @@ class Own:
             for number, view in enumerate(inner.attack(arms, data, ctx)):
                 yield replace(view, apply=partial(killed, view, number))
             return
+        if self.how == "search":
+            yield from searched(arms.target, ctx.out / "step")
+            return
         reveal = partial(shown, arms.original) if self.how == "reveal" else None
         known = {"nothing": untouched, "breaks": broken, "edits": edited, "hooks": hooked}
         apply = known.get(self.how, reveal)
@@ -65,6 +71,32 @@ class Own:
 
     def placebo(self):
         return None
+
+
+def searched(lm, state):
+    step = int(state.read_text()) if state.exists() else 0
+    for stop in (2, 4):
+        while step < stop:
+            with torch.no_grad():
+                lm.model(input_ids=torch.ones(1, 8, dtype=torch.long))
+            strike(lm, f"in step {step}")
+            step += 1
+            state.write_text(str(step))
+            strike(lm, f"behind step {step}")
+        yield View(setting={"step": stop}, prefix_ids=(5,) * stop, apply=stricken)
+
+
+def strike(lm, place):
+    if os.environ.get("KILL_ON") == lm.name and os.environ.get("KILL_AT") == place:
+        if os.environ.get("KILL_BY") == "Ctrl-C":
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def stricken(lm):
+    strike(lm, "asking")
+    yield lm
 
 
 @contextmanager
@@ -190,8 +222,8 @@ def views(out: Path) -> dict[str, Any]:
     found = {}
     for path in sorted(out.glob("jobs/*/view-*.json")):
         told = json.loads(path.read_text())
-        for part in ("cost", "scoring"):
-            told[part].pop("seconds")
+        for part in (told["cost"], told["scoring"], *told["asked"].values()):
+            part.pop("seconds")
         found[f"{path.parent.name}/{path.name}"] = told
     return found
 
@@ -297,23 +329,68 @@ def test_plan_says_what_would_run_and_runs_nothing(tmp_path: Path) -> None:
 # Resuming and sharing
 
 
-def test_a_kill_in_the_middle_of_a_job_loses_at_most_one_view(
-    data: dict[str, Any], tmp_path: Path
-) -> None:
-    data["attacks"] = [QUANTISATION, {"name": "own", "use": own(tmp_path), "how": "relearning"}]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    report = run(data, whole)
+def run_killed(data: dict[str, Any], out: Path, **env: str) -> None:
+    """Audit in a process of its own, which the attack kills."""
     source = (
         "import json, sys; from pathlib import Path; from palimpsest.audit.engine import audit\n"
         "from palimpsest.audit.recipe import make_audit_recipe\n"
         "audit(make_audit_recipe(json.loads(sys.argv[1])), Path(sys.argv[2]), allow_code=True)"
     )
     process = subprocess.run(
-        [sys.executable, "-c", source, json.dumps(data), str(killed)],
-        env=os.environ | {"KILL_ON": "x"},
+        [sys.executable, "-c", source, json.dumps(data), str(out)],
+        env=os.environ | env,
         capture_output=True,
     )
     assert process.returncode == -9, process.stderr.decode()[-800:]
+
+
+@pytest.mark.parametrize(
+    ("arms_of", "place", "by", "tokens"),
+    [
+        ("refit", "in step 2", "Ctrl-C", [16, 24]),  # that step was not stored: it is done again
+        ("refit", "behind step 3", "SIGKILL", [16, 16]),
+        ("refit", "asking", "Ctrl-C", [16, 16]),
+        ("transfer", "asking", "Ctrl-C", [16, 16]),  # all views were made before one is asked
+    ],
+)
+def test_a_kill_makes_no_attack_cheaper(
+    arms_of: str,
+    place: str,
+    by: str,
+    tokens: list[int],
+    data: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use = own(tmp_path, ARMS=f"'{arms_of}'")
+    data["attacks"] = [{"name": "own", "use": use, "how": "search"}]
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        for name, value in {"KILL_ON": "x", "KILL_AT": place, "KILL_BY": by}.items():
+            patched.setenv(name, value)
+        if by == "SIGKILL":
+            run_killed(data, out)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run(data, out)
+    report = run(data, out)
+    made = [v for v in map(json.loads, _raw(out, "attack-own-x-")) if v["model"] == "x"]
+    assert [v["cost"]["tokens"] for v in made] == tokens
+    per_token = made[1]["cost"]["flops"] / tokens[1]
+    assert [v["cost"]["flops"] for v in made] == [n * per_token for n in tokens]
+    cost, chosen = row(report, "own").cost, row(report, "own").setting["step"]
+    assert cost is not None
+    assert cost.make.tokens == (tokens[0] if chosen == 2 else tokens[0] + tokens[1])
+    assert not list(out.glob("jobs/*/scratch")) + list(out.glob("jobs/*/spent.jsonl"))
+
+
+def test_a_kill_in_the_middle_of_a_job_loses_at_most_one_view(
+    data: dict[str, Any], tmp_path: Path
+) -> None:
+    data["attacks"] = [QUANTISATION, {"name": "own", "use": own(tmp_path), "how": "relearning"}]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    report = run(data, whole)
+    run_killed(data, killed, KILL_ON="x")
     before, finished = views(killed), done(killed)
     half = [k for k in before if k.startswith("attack-own-x")]
     assert len(half) == 2
@@ -343,6 +420,31 @@ def test_a_second_target_shares_the_arms_and_a_third_run_does_nothing(
     assert done(out) == second
 
 
+def test_a_placebo_runs_on_the_first_control_too(data: dict[str, Any], tmp_path: Path) -> None:
+    """Refit: an arm of its own. Transfer: what was fitted on the unlearned model, on the control."""
+    data["models"].append({**data["models"][1], "name": "second"})
+    ablation = {"directions": ["contrast"], "layers": {"sets": ["all"]}, "controls": 2}
+    data["attacks"].append({"name": "orthogonalisation", **ablation})
+    made = run(data, tmp_path / "out")
+    stored = [
+        (name.partition("/")[0].rpartition("-")[0], told["model"])
+        for name, told in views(tmp_path / "out").items()
+        if name.startswith("placebo-")
+    ]
+    assert {pair: stored.count(pair) for pair in stored} == {
+        ("placebo-quantisation-control", "control"): 3,
+        ("placebo-quantisation-x", "x"): 3,
+        ("placebo-orthogonalisation-x", "x"): 3,
+        ("placebo-orthogonalisation-x", "control"): 3,
+    }
+    for name, kinds in (("quantisation", set()), ("orthogonalisation", {"random", "matched"})):
+        rates = row(made, name).points[0].rates
+        assert {a for a in rates if a.startswith("placebo")} == {
+            *("placebo", "placebo on control"),
+            *(f"placebo ({kind})" for kind in kinds),
+        }
+
+
 def test_two_methods_get_two_verdicts_and_costs_of_their_own(
     data: dict[str, Any], tmp_path: Path, tiny_checkpoint: Checkpoint
 ) -> None:
@@ -358,6 +460,101 @@ def test_two_methods_get_two_verdicts_and_costs_of_their_own(
         cost = row(report, "quantisation", place).cost
         assert cost is not None
         assert cost.total_seconds == pytest.approx(sum(stored))
+
+
+def test_asking_earlier_views_makes_no_attack_dearer(data: dict[str, Any], tmp_path: Path) -> None:
+    data["attacks"] = [QUANTISATION | {"bits": [2, 3, 4]}]
+    report = run(data, tmp_path / "out")
+    cost = row(report, "quantisation").cost
+    plain = json.loads(_raw(tmp_path / "out", "attack-none-x")[0])["asked"]["letter"]
+    assert cost is not None
+    assert (cost.make.queries, cost.make.flops) == (0, 0.0)
+    assert (cost.ask.queries, cost.ask.tokens) == (plain["queries"], plain["tokens"])
+    assert cost.ask.queries == report.questions["test"]
+    assert cost.device_bytes is None
+    assert "accelerator" not in render(report)
+    shown = report.model_dump()
+    shown["audits"][0]["rows"][0]["cost"]["device_bytes"] = 3 * 2**20
+    page = render(AuditReport.model_validate(shown))
+    assert "accelerator 3 MB" in page
+    assert f"{cost.ask.queries} queries" in page
+
+
+def test_training_is_making_and_not_asking(data: dict[str, Any], tmp_path: Path) -> None:
+    data["attacks"] = [{"name": "own", "use": own(tmp_path), "how": "relearning"}]
+    run(data, tmp_path / "out")
+    stored = [json.loads(text) for text in _raw(tmp_path / "out", "attack-own-x")]
+    plain = json.loads(_raw(tmp_path / "out", "attack-none-x")[0])["asked"]["letter"]
+    assert [v["setting"]["step"] for v in stored] == [1, 2, 1, 2]
+    assert [v["cost"]["queries"] for v in stored] == [1, 1, 1, 1], "a step is one document"
+    assert [v["asked"]["letter"]["queries"] for v in stored] == [plain["queries"]] * 4
+
+
+def test_training_costs_six_adapters_and_searched_inputs_four_per_weight(
+    data: dict[str, Any], tmp_path: Path
+) -> None:
+    fit = {"steps": 1, "rank": 2, "scope": ["all", "lora"], "views_at": [1]}
+    once = {"n": [2], "repeats": 1, "forms": ["letter"], "fit": fit}
+    prompt = {"tokens": 2, "steps": [1], "batch_size": 2, "channels": ["letter"]}
+    data["attacks"] = [{"name": "relearning", **once}, {"name": "soft_prompt", **prompt}]
+    run(data, tmp_path / "out")
+    asked = json.loads(_raw(tmp_path / "out", "attack-none-x")[0])["asked"]["letter"]
+    weights = asked["flops"] / asked["tokens"] / 2
+
+    def per_weight(attack: str) -> list[float]:
+        costs = [json.loads(t)["cost"] for t in _raw(tmp_path / "out", f"attack-{attack}-x")]
+        return [c["flops"] / c["tokens"] / weights for c in costs]
+
+    whole, adapters = per_weight("relearning")
+    assert whole == 6.0
+    assert 4.0 < adapters < 6.0
+    assert per_weight("soft_prompt") == [4.0]
+
+
+def test_what_a_kill_behind_the_last_step_left_is_removed(
+    data: dict[str, Any], tmp_path: Path
+) -> None:
+    run(data, tmp_path / "out")
+    job = next((tmp_path / "out").glob("jobs/attack-quantisation-x-*"))
+    (job / "scratch").mkdir()
+    (job / "scratch" / "state").write_text("large")
+    (job / "spent.jsonl").touch()
+    run(data, tmp_path / "out")
+    assert not (job / "scratch").exists()
+    assert not (job / "spent.jsonl").exists()
+
+
+def test_a_job_of_other_weights_than_the_model_s_is_refused(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, other = tmp_path / "x", data["models"][0]["source"]
+    shutil.copytree(data["models"][2]["source"], place)
+    mine = (place / "model.safetensors").read_bytes()
+    data["models"][2]["source"] = str(place)
+
+    def planned(recipe: Any, **how: Any) -> Planned:
+        plan = plan_audit(recipe, **how)
+        shutil.copy(Path(other) / "model.safetensors", place)  # somebody saves over it just then
+        return plan
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "plan_audit", planned)
+        changed = run(data, tmp_path / "out")
+    (place / "model.safetensors").write_bytes(mine)
+    with pytest.raises(ModelError) as raised:
+        run(data, tmp_path / "out")
+    said = str(raised.value)
+    was = {m.name: m.weights_sha256 for m in changed.models}["x"]
+    now = weights_sha256(load_model(str(place), device="cpu").model)
+    folder = next((tmp_path / "out").glob("jobs/attack-none-x-*")).name
+    assert "attack-none-x was run on x" in said
+    assert was[:12] in said
+    assert now[:12] in said
+    assert f"Remove jobs/{folder}" in said
+    for made in (tmp_path / "out").glob("jobs/*-x-*"):
+        shutil.rmtree(made)
+    again = run(data, tmp_path / "out")
+    assert {m.name: m.weights_sha256 for m in again.models}["x"] == now
 
 
 def _raw(out: Path, start: str) -> list[str]:
@@ -568,6 +765,29 @@ def test_arms_with_another_tokenizer_or_size_are_refused(
     _with_another_token(Path(source), other)
     data["models"][2]["source"] = str(other)
     assert refused(data, tmp_path / "out").startswith("x has another tokenizer than original")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": 3}, "number of layers than original: 3, not 2"),
+        ({"hidden_size": 64}, "hidden size than original: 64, not 32"),
+        ({"intermediate_size": 32}, "size of the MLP than original: 32, not 48"),
+        ({"num_key_value_heads": 4}, "number of key-value heads than original: 4, not 2"),
+        ({"vocab_size": 360}, "size of the vocabulary than original: 360, not 352"),
+    ],
+)
+def test_arms_of_another_shape_with_the_same_tokens_are_refused(
+    change: dict[str, int], said: str, data: dict[str, Any], tmp_path: Path
+) -> None:
+    source = Path(data["models"][2]["source"])
+    shutil.copytree(source, tmp_path / "x")
+    config = transformers.AutoConfig.from_pretrained(source)
+    for name, value in change.items():
+        setattr(config, name, value)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "x")
+    data["models"][2]["source"] = str(tmp_path / "x")
+    assert refused(data, tmp_path / "out").startswith(f"x has another {said}")
 
 
 def _with_another_token(source: Path, made: Path) -> None:

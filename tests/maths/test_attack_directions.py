@@ -42,7 +42,7 @@ from palimpsest.model import LM, weights_sha256
 from palimpsest.parts import block_writers, parts_of
 from palimpsest.plugins import build_options
 from palimpsest.types import Message, Sample
-from palimpsest.views import Arms, AttackContext, AttackData, as_it_is
+from palimpsest.views import Arms, AttackContext, AttackData, View, as_it_is
 from tiny_models import FAMILIES, MIXTURES, tiny_model, tiny_tokenizer
 
 WINDOWED = ("mistral", "gemma2", "gemma3")
@@ -427,16 +427,21 @@ def test_placebos_have_the_settings_of_the_attack_and_other_directions(attack: A
             list(named["directions"].values()) if "directions" in named else [named["direction_D"]]
         )
 
-    assert {v.label for v in real} == {v.label for v in false}
-    repeats = {v.repeat for v in false}
-    assert len(repeats) >= 3
+    kinds = {v.setting.get("stand_in", "random") for v in false}
+    by_size = isinstance(attack, Orthogonalisation | BaseOrthogonalisation)
+    assert kinds == ({"matched", "random"} if by_size else {"random"})
+    settings = [{k: x for k, x in v.setting.items() if k != "stand_in"} for v in false]
+    assert all(v.setting in settings for v in real)
+    assert all(s in [v.setting for v in real] for s in settings)
+    repeats = {v.repeat for v in false if v.setting.get("stand_in") != "matched"}
+    assert repeats == {0, 1, 2}
     by_label = {v.label: vectors(v)[0] for v in real}
     for a, b, c in zip(false, again, other, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(vectors(a), vectors(b), strict=True))
         assert all(float(x.norm()) == pytest.approx(1, abs=1e-6) for x in vectors(a))
-        assert abs(float(vectors(a)[0] @ by_label[a.label])) < 0.9
-        if a.repeat == 3:
-            assert not torch.equal(vectors(a)[0], vectors(c)[0])
+        label = View(setting={k: x for k, x in a.setting.items() if k != "stand_in"}).label
+        assert abs(float(vectors(a)[0] @ by_label[label])) < 0.9
+        assert torch.equal(vectors(a)[0], vectors(c)[0]) == (a.setting.get("stand_in") == "matched")
 
 
 def test_matched_controls_are_halves_of_the_benign_questions() -> None:
@@ -444,7 +449,8 @@ def test_matched_controls_are_halves_of_the_benign_questions() -> None:
     a, b = halves(benign)
     assert sorted(s.id for s in (*a, *b)) == sorted(s.id for s in benign)
     out = outlier_ids(lm, question_ids(lm, benign, 9))
-    matched, *drawn = control_directions(lm, benign, out, limit=9, drawn=2, seed=5)
+    made = control_directions(lm, benign, out, limit=9, drawn=2, seed=5)
+    (matched,), drawn = made["matched"], made["random"]
     means = [measure(lm, question_ids(lm, x, 9), out).mean_LD for x in (a, b)]
     expected = (means[0] - means[1])[1]
     torch.testing.assert_close(matched[1], (expected / expected.norm()).float())

@@ -130,8 +130,28 @@ def test_a_placebo_has_the_same_settings_and_no_placebo_of_its_own(attack: Any) 
     assert placebo.placebo() is None
     lm = _lm()
     mine, other = _views(attack, lm), _views(placebo, lm)
-    assert [v.setting for v in mine] == [v.setting for v in other]
+    for real in mine:  # `{}` goes with every setting
+        alike = [v for v in other if {**real.setting, **v.setting} == real.setting]
+        assert set(real.channels) <= {channel for v in alike for channel in v.channels}
     assert [len(v.prefix_ids) for v in mine][:1] == [len(v.prefix_ids) for v in other][:1]
+
+
+@pytest.mark.parametrize(
+    ("attack", "draws"),
+    [
+        (Gcg(length=3, repeats=1), 3),
+        (Gcg(length=3, repeats=4), 4),
+        *((SMALL[i], 3) for i in (1, 4)),
+    ],
+    ids=["Gcg", "Gcg 4", "EnhancedGcg", "EmbeddingAttack"],
+)
+def test_a_placebo_that_searches_nothing_is_drawn_three_times(attack: Any, draws: int) -> None:
+    lm = _lm()
+    made = _views(attack.placebo(), lm)
+    first = [v for v in made if (v.setting, v.channels) == (made[0].setting, made[0].channels)]
+    assert [v.repeat for v in first] == list(range(draws))
+    answers = [torch.cat([x.flatten() for x in _outputs(lm, v, QUESTIONS)]) for v in first]
+    assert not any(torch.equal(a, b) for i, a in enumerate(answers) for b in answers[:i])
 
 
 @pytest.mark.parametrize(

@@ -375,15 +375,15 @@ def test_patching_the_original_into_itself_erases_nothing() -> None:
     original = tiny("gpt2")
     patch = ActivationPatching(threshold=0.0)
     arms = Arms(target=original, original=original)
-    views = list(patch.attack(arms, DATA, AttackContext()))
-    assert [v.facts["d2"] for v in views] == pytest.approx([0.0, 0.0], abs=1e-5)
-    assert views[0].facts["uds"] == pytest.approx(0.0, abs=1e-3)
+    (view,) = patch.attack(arms, DATA, AttackContext())  # the unchanged model is asked once
+    assert [view.facts["d2_0"], view.facts["d2_1"]] == pytest.approx([0.0, 0.0], abs=1e-5)
+    assert view.facts["uds"] == pytest.approx(0.0, abs=1e-3)
     # The last block's states decide everything: D2 there is the difference of both models' own answers.
     other = tiny("gpt2", seed=0)
     with torch.no_grad():
         for p in parts_of(other.model).blocks[1].parameters():
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(5)))
-    views = list(patch.attack(Arms(target=other, original=original), DATA, AttackContext()))
+    (view,) = patch.attack(Arms(target=other, original=original), DATA, AttackContext())
     lost = []
     for q in QUESTIONS:
         prompt = text_ids(original.tokenizer, f"Question: {q.messages[0].content}\nAnswer:")
@@ -395,5 +395,5 @@ def test_patching_the_original_into_itself_erases_nothing() -> None:
             places = range(len(prompt) - 1, ids.shape[1] - 1)
             scores.append(sum(float(table[i, ids[0, i + 1]]) for i in places) / len(answer))
         lost.append(scores[0] - scores[1])
-    assert views[0].facts["d2"] == pytest.approx(0.0, abs=1e-5), "block 0 is the original's"
-    assert views[1].facts["d2"] == pytest.approx(sum(lost) / 8, abs=1e-4)
+    assert view.facts["d2_0"] == pytest.approx(0.0, abs=1e-5), "block 0 is the original's"
+    assert view.facts["d2_1"] == pytest.approx(sum(lost) / 8, abs=1e-4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from palimpsest.audit.recovery import ArmAnswers, recovery
+from palimpsest.audit.recovery import ArmAnswers, recovery, residual_lower
 from palimpsest.errors import DataError
 
 GROUPS = [str(i // 5) for i in range(300)]
@@ -149,3 +149,30 @@ def test_placebo_and_floor_are_differences() -> None:
     assert found.above_placebo is not None
     assert found.above_placebo.value == 0.0
     assert found.above_floor.low > 0.3
+
+
+def test_the_residuals_limit_is_that_of_the_interval_and_falls_with_the_level() -> None:
+    plain = arms(0.5, 0.9, 0.2, 1, spread=0.1)
+    found = recovery(plain, plain, GROUPS, seed=3)
+    assert found.residual is not None
+    assert residual_lower(plain, GROUPS, 0.025, seed=3) == pytest.approx(found.residual.low)
+    levels = [residual_lower(plain, GROUPS, 0.025 / k, seed=3) for k in (1, 2, 3)]
+    assert levels == sorted(levels, reverse=True)
+    assert levels[2] < levels[0]
+
+
+def test_several_channels_seldom_make_a_model_know_by_chance() -> None:
+    """R0 = delta in three independent channels: some limit at alpha / 3 is above it in at most 5 %."""
+    delta, corrected, bare, sims = 0.15, 0, 0, 150
+    for seed in range(sims):
+        channels = [
+            arms(0.25 + delta * 0.65, 0.9, 0.25, 70_000 + 30 * seed + 3 * c) for c in range(3)
+        ]
+        limits = [
+            [residual_lower(c, GROUPS, alpha, draws=1000) for c in channels]
+            for alpha in (0.025, 0.025 / 3)
+        ]
+        bare += max(limits[0]) > delta
+        corrected += max(limits[1]) > delta
+    assert corrected <= 10  # binomial(150, .025): P(> 10) = .002; and 7.5 is 5 %
+    assert bare > corrected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from palimpsest.outcomes import first_letter
 from palimpsest.plugins import build_plugin
 from palimpsest.prompts import cloze_prompt, letter_prompt
 from palimpsest.rewordings import ask_for_rewordings, read_rewordings
+from palimpsest.sandbox.second_language import in_second_language
 from palimpsest.seeds import derive_seed
 from palimpsest.types import Message, Reply, Sample
 from palimpsest.views import Arms, AttackContext, AttackData, View, without_key
@@ -193,6 +195,40 @@ def test_rewordings_of_a_file_keep_ids_and_translations_keep_options(tmp_path: P
         build_plugin("attacks", "rephrasing", {"kinds": ["file"]})
 
 
+def test_the_sandbox_has_a_second_language_that_needs_no_file(tmp_path: Path) -> None:
+    samples = [
+        build_plugin("datasets", name, {}).load(None)[3]
+        for name in ("sandbox_facts", "sandbox_benign_facts")
+    ]
+    [view] = views(Translation(languages=("sandbox",)))
+    assert view.setting == {"language": "sandbox"}
+    made = view.rewrite(samples)
+    assert [replace(m, messages=s.messages) for m, s in zip(made, samples, strict=True)] == samples
+    assert made[0].messages[0].content == in_second_language(samples[0].messages[0].content)
+    with pytest.raises(DataError, match="no question of the sandbox"):
+        view.rewrite([QUESTION])
+    file = write(
+        tmp_path / "words.jsonl", [{"kind": "german", "id": samples[0].id, "text": "Was?"}]
+    )
+    both = views(Translation(file=file, languages=("german", "sandbox")))
+    asked = [v.rewrite(samples[:1])[0].messages[0].content for v in both]
+    assert asked == ["Was?", made[0].messages[0].content]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "nothing to ask in"),
+        ({"languages": ["german"]}, "'german' needs a file"),
+        ({"languages": ["sandbox", "german"]}, "'german' needs a file"),
+        ({"file": "words.jsonl", "languages": ["sandbox"]}, "alone needs no file"),
+    ],
+)
+def test_a_translation_needs_a_file_or_the_sandbox(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build_plugin("attacks", "translation", values)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -252,12 +288,15 @@ def test_prefill_scores_options_behind_the_begun_answer() -> None:
             start = text_ids(lm.tokenizer, prompt)
             scores = []
             for i, option in enumerate(question.options):
-                ids = text_ids(lm.tokenizer, f"{prompt} {'ABCD'[i] if is_letter else option}")
-                with torch.no_grad():
-                    table = lm.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-                scores.append(
-                    sum(float(table[t, ids[t + 1]]) for t in range(len(start) - 1, len(ids) - 1))
-                )
+                letter = "ABCD"[i]
+                spellings = []
+                for spelt in (f" {letter}", letter) if is_letter else (f" {option}",):
+                    ids = text_ids(lm.tokenizer, f"{prompt}{spelt}")
+                    with torch.no_grad():
+                        table = lm.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+                    places = range(len(start) - 1, len(ids) - 1)
+                    spellings.append(math.exp(sum(float(table[t, ids[t + 1]]) for t in places)))
+                scores.append(sum(spellings))
             assert got == scores.index(max(scores))
     same = replace(QUESTION, options=("salt", "salt"))
     [tied] = views(Prefill(texts=("It is",), asked=("cloze",)), lm)

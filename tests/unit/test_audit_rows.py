@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import pytest
 
+from palimpsest.audit.asking import finite
 from palimpsest.audit.data import Questions
-from palimpsest.audit.jobs import _finite
 from palimpsest.audit.record import AttackRow, Audit
 from palimpsest.audit.rows import Attacked, audit_of
 from palimpsest.audit.tables import ArmViews
@@ -73,6 +73,7 @@ QUESTIONS = Questions(
     test=asked("test", N),
     utility=asked("utility", 20),
 )
+RIGHT = 29
 KNOWS, NOTHING = "1" * 54 + "0" * 6, "1" * 15 + "0" * 45
 
 
@@ -96,6 +97,7 @@ def arms(
     original: str = KNOWS,
     control: str = NOTHING,
     placebo: str = "",
+    placebo_control: str = NOTHING,
     **values: Any,
 ) -> ArmViews:
     return ArmViews(
@@ -103,6 +105,7 @@ def arms(
         original=[view(original, **values)],
         controls={"control": [view(control, **values)]},
         placebos=([view(placebo, **values)],) if placebo else (),
+        placebo_control=[view(placebo_control, **values)] if placebo else [],
     )
 
 
@@ -224,6 +227,119 @@ def test_an_attack_has_to_beat_its_placebo_unless_that_recovers_too(tmp_path: Pa
     assert row(made, "b").status == "recovers"
     assert row(made, "c").status == "recovers"
     assert "placebo recovers, too" in row(made, "c").reason
+    rates = row(made, "c").points[0].rates
+    assert rates["placebo on control"].value == 0.25
+
+
+def test_a_placebo_recovers_only_above_the_control_under_that_placebo(tmp_path: Path) -> None:
+    """A placebo that teaches the format lifts both: the control under the attack says nothing of that."""
+    made = audited(tmp_path, a=arms(KNOWS, placebo=KNOWS, placebo_control=KNOWS))
+    assert (row(made).status, row(made).reason) == ("does not recover", "not above its placebo")
+    missing = ArmViews(**{**vars(arms(KNOWS, placebo=KNOWS)), "placebo_control": ()})
+    assert row(audited(tmp_path, a=missing)).status == "does not recover"
+
+
+def test_without_a_control_the_placebo_is_compared_with_the_floor_under_the_attack(
+    tmp_path: Path,
+) -> None:
+    made = audited(tmp_path, None, a=arms(KNOWS, placebo=KNOWS))
+    assert "placebo recovers, too" in row(made).reason
+    made = audited(tmp_path, None, a=arms(KNOWS, placebo=NOTHING))
+    assert row(made).status == "recovers"
+    assert "placebo" not in row(made).reason
+
+
+def test_an_attack_is_compared_with_the_stronger_kind_of_its_placebo(tmp_path: Path) -> None:
+    """One matched placebo among three random ones: pooled, the attack would be far above them."""
+
+    def stand_in(test: str, kind: str, repeat: int = 0) -> dict[str, Any]:
+        made = view(test, repeat=repeat)
+        return {**made, "setting": {**made["setting"], "stand_in": kind}}
+
+    random = [stand_in(NOTHING, "random", r) for r in range(3)]
+    given = ArmViews(
+        **{
+            **vars(arms(KNOWS)),
+            "placebos": ([*random, stand_in(KNOWS, "matched")],),
+            "placebo_control": [*random, stand_in(KNOWS, "matched")],
+        }
+    )
+    found = row(audited(tmp_path, a=given))
+    assert found.status == "does not recover"
+    assert found.above_placebo is not None
+    assert found.above_placebo.value == 0.0
+    rates = {arm: rate.value for arm, rate in found.points[0].rates.items() if "placebo" in arm}
+    assert rates == {
+        "placebo": 0.9,
+        "placebo (random)": 0.25,
+        "placebo (matched)": 0.9,
+        "placebo on control": 0.9,
+    }
+    weak = {"placebos": (random,), "placebo_control": random}
+    found = row(audited(tmp_path, a=ArmViews(**{**vars(given), **weak})))
+    assert found.status == "recovers"
+
+
+def test_draws_of_a_placebo_are_averaged_beside_one_draw_of_the_attack(tmp_path: Path) -> None:
+    """Draws at 90, 25 and 25 percent are 46.7 on average: the attack at 90 is 43.3 above it."""
+    draws = [view(t, repeat=r) for r, t in enumerate((KNOWS, NOTHING, NOTHING))]
+    given = ArmViews(
+        **{**vars(arms(KNOWS)), "placebos": (draws,), "placebo_control": [view(KNOWS)]}
+    )
+    found = row(audited(tmp_path, a=given))
+    assert found.status == "recovers"
+    assert found.above_placebo is not None
+    assert found.above_placebo.value == pytest.approx(0.9 - (0.9 + 0.25 + 0.25) / 3)
+    alone = ArmViews(**{**vars(given), "placebos": (draws[:1],)})
+    assert row(audited(tmp_path, a=alone)).status == "does not recover"
+
+
+def test_a_probe_that_reads_more_than_of_the_original_is_a_mark_of_suppression(
+    tmp_path: Path,
+) -> None:
+    half, low = "1" * 45 + "0" * 15, "0" * 42 + "1" * 18
+    found = row(audited(tmp_path, a=arms(half, original=low)))
+    assert (found.status, found.recovered) == ("uninformative", None)
+    assert "mark of suppression, no recovery" in found.reason
+    for target, original in ((low, low), (half, half), (NOTHING, NOTHING)):
+        found = row(audited(tmp_path, a=arms(target, original=original, control=low)))
+        assert "suppression" not in found.reason
+
+
+def test_knowing_by_one_channel_of_three_is_corrected_for_the_three(tmp_path: Path) -> None:
+    """At R0 = .36 the 95 % limit is just above the margin, and that at 1 - .05 / 3 is below it."""
+
+    def both(test: str, names: tuple[str, ...]) -> dict[str, Any]:
+        made = view(test)
+        (sets,) = made["outcomes"].values()
+        return {**made, "outcomes": dict.fromkeys(names, sets)}
+
+    def verdict(names: tuple[str, ...]) -> Audit:
+        seen = {
+            "targets": ([both("1" * RIGHT + "0" * (N - RIGHT), names)],),
+            "original": [both(KNOWS, names)],
+            "controls": {"control": [both(NOTHING, names)]},
+            "placebos": (),
+        }
+        plain = Attacked(plugin=Stub(), views=ArmViews(**seen), jobs=(), failed="")
+        return audit_of(
+            "x",
+            {"none": plain},
+            QUESTIONS,
+            folder=RunFolder(tmp_path),
+            baseline="none",
+            floor="control",
+            delta=0.15,
+            seed=0,
+            left_out=[],
+            shown={},
+        )
+
+    alone, three = verdict(("cloze",)), verdict(("cloze", "letter", "generation"))
+    assert alone.verdict == "knows"
+    assert three.verdict == "inconclusive"
+    assert three.residual["cloze"] == alone.residual["cloze"]  # what is shown stays at 95 %
+    assert three.residual["cloze"].low > 0.15
 
 
 def test_a_control_that_learns_as_much_leaves_nothing_to_recover(tmp_path: Path) -> None:
@@ -290,6 +406,6 @@ def test_a_target_with_fewer_views_is_judged_on_those_that_it_has(tmp_path: Path
 
 
 def test_numbers_that_json_has_not_become_text() -> None:
-    kept = _finite({"loss": float("nan"), "norm": float("inf"), "steps": 3, "lr": 0.1})
+    kept = finite({"loss": float("nan"), "norm": float("inf"), "steps": 3, "lr": 0.1})
     assert kept == {"loss": "nan", "norm": "inf", "steps": 3, "lr": 0.1}
     json.dumps(kept, allow_nan=False)

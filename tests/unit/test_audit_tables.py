@@ -71,6 +71,22 @@ def test_a_placebo_stands_for_settings_that_agree_with_it() -> None:
     assert common[0].answers["placebo"]["test"] == ([1.0, 0.0],)
 
 
+def test_kinds_of_a_placebo_stand_apart_and_draws_of_one_are_averaged() -> None:
+    def stand_in(test: str, kind: str, repeat: int = 0) -> dict[str, Any]:
+        return {**view(test, test, repeat=repeat), "setting": {"n": 1, "stand_in": kind}}
+
+    own = [stand_in("10", "random"), stand_in("00", "random", 1), stand_in("11", "matched")]
+    control = [stand_in("10", "matched"), stand_in("00", "random")]
+    made = candidates(arms([view("11", "11")], placebos=(own,), placebo_control=control))
+    tested = {arm: sets["test"] for arm, sets in made[0].answers.items() if "placebo" in arm}
+    assert tested == {
+        "placebo": ([1.0, 1.0],),
+        "placebo (random)": ([0.5, 0.0],),
+        "placebo (matched)": ([1.0, 1.0],),
+        "placebo on control": ([1.0, 0.0],),
+    }
+
+
 def test_a_setting_that_could_recover_nothing_is_chosen_last() -> None:
     low = [view("00", "00", n=1), view("11", "11", n=2)]
     made = candidates(arms([view("11", "11", n=1), view("10", "10", n=2)], original=low))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from palimpsest.audit.record import AttackCost, AttackRow, Interval
+from palimpsest.audit.record import AttackCost, AttackRow, Interval, Spent
 from palimpsest.audit.verdict import cheapest, find, strongest_usable, unsupported
 
 LOW = {"letter": Interval(value=0.02, low=-0.05, high=0.09)}
@@ -81,9 +81,11 @@ def test_uninformative_attacks_do_not_erase() -> None:
 
 
 def test_cheapest_and_strongest_within_the_utility_budget() -> None:
-    def cost(flops: float) -> AttackCost:
+    def cost(flops: float, asking: float = 1e9) -> AttackCost:
+        spent = Spent(seconds=1, queries=1, tokens=1, flops=flops)
+        asked = Spent(seconds=1, queries=1, tokens=1, flops=asking)
         return AttackCost(
-            seconds=1, queries=1, tokens=1, flops=flops, total_seconds=1, peak_bytes=None
+            make=spent, ask=asked, total_seconds=1, peak_bytes=None, device_bytes=None
         )
 
     strong = row(
@@ -97,6 +99,8 @@ def test_cheapest_and_strongest_within_the_utility_budget() -> None:
     cheap = row("lens", "recovers", utility_drop=kept, cost=cost(0.0))
     unknown = row("probe", "recovers", recovered=strong.recovered, utility_drop=None)
     assert cheapest([strong, cheap]) is cheap
+    by_question = row("embedding_attack", "recovers", utility_drop=kept, cost=cost(0.0, 1e13))
+    assert cheapest([by_question, strong]) is strong
     assert strongest_usable([strong, cheap, unknown]) is cheap
 
 
@@ -104,7 +108,7 @@ def test_claims_that_are_not_supported_are_named() -> None:
     lines = unsupported(
         [row("noise", "uninformative", recovered=None)],
         verdict="erased at this budget",
-        has_control=False,
+        caveat="That training recovers knowledge: no control.",
         num_seeds=1,
         left_out=["enhanced_gcg"],
     )

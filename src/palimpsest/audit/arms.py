@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+from palimpsest.audit.jobs import done_facts
 from palimpsest.audit.planning import Planned
 from palimpsest.errors import ModelError
 from palimpsest.model import LM, load_model, weights_sha256
+from palimpsest.scoring import Query, score_batch
+from palimpsest.store import RunFolder
 
 KEPT_BYTES = 2 * 2**30
 """Models stay loaded after their job as long as they do not take more than this together."""
@@ -17,13 +20,19 @@ class Models:
     """Loads models when they are needed; keeps those that are `held`, and small ones for the next job.
 
     Of large models so many are in memory at a time as one job touches at once: the one that the attack is
-    built on, the original if it needs that, and the arm that is scored.
+    built on, the original if it needs that, and the arm that is scored. Weights come without gradients:
+    what trains switches on those that it trains.
+
+    Attributes:
+        hashes: of the weights of every model as it was loaded first.
+        run_hashes: the same behind a forward pass, in which bitsandbytes repacks quantised weights.
     """
 
     def __init__(self, plan: Planned) -> None:
         self.plan = plan
         self._loaded: dict[str, LM] = {}
         self.hashes: dict[str, str] = {}
+        self.run_hashes: dict[str, str] = {}
         self.held: set[str] = set()
 
     def get(self, name: str) -> LM:
@@ -46,8 +55,13 @@ class Models:
             quantization=model.spec.quantization,
             trust_remote_code=model.spec.trust_remote_code,
         )
+        for parameter in lm.model.parameters():
+            parameter.requires_grad_(False)
         if name not in self.hashes:
-            self.hashes[name] = weights_sha256(lm.model)
+            self.hashes[name] = self.run_hashes[name] = weights_sha256(lm.model)
+            if lm.quantization:
+                score_batch(lm.model, [Query((0,), ((0,),))], width=2)
+                self.run_hashes[name] = weights_sha256(lm.model)
         self._loaded[name] = lm
         return lm
 
@@ -59,7 +73,7 @@ class Models:
         gc.collect()
 
     def check(self) -> dict[str, str]:
-        """Refuse arms that cannot be compared: other tokens, other architecture.
+        """Refuse arms that cannot be compared: other tokens, another architecture, other sizes.
 
         Returns:
             How each model is quantised; empty = it is not.
@@ -82,6 +96,22 @@ class Models:
                     )
         return quantization
 
+    def compare(self, folder: RunFolder) -> None:
+        """Refuse finished jobs that were made with other weights than those of the models here.
+
+        Raises:
+            ModelError: names the job, both hashes, and what to do.
+        """
+        for job in self.plan.jobs:
+            for name, then in done_facts(folder, job).get("weights_sha256", {}).items():
+                now = self.run_hashes.get(name, then)
+                if now != then:
+                    raise ModelError(
+                        f"{job.id} was run on {name} with weights {then[:12]}, which are {now[:12]} now, "
+                        "though its source is the same: did files change while an audit began? Remove "
+                        f"jobs/{job.id}-{job.fingerprint[:12]} from the folder and run again"
+                    )
+
 
 def _num_bytes(lm: LM) -> int:
     return sum(p.nbytes for p in lm.model.parameters())
@@ -94,6 +124,8 @@ def _shape(lm: LM) -> dict[str, Any]:
         "hidden size": getattr(config, "hidden_size", None),
         "number of layers": getattr(config, "num_hidden_layers", None),
         "number of heads": getattr(config, "num_attention_heads", None),
+        "number of key-value heads": getattr(config, "num_key_value_heads", None),
+        "size of the vocabulary": lm.vocab_size,
         "size of the MLP": getattr(config, "intermediate_size", None),
         "tokenizer": sorted(lm.tokenizer.get_vocab().items()),
     }

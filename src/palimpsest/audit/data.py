@@ -2,6 +2,8 @@
 
 The registered split of the forget domain (`splits`): attack-dev is divided by group into `fit`, which
 attackers get with keys, and `choose`, on which the audit picks each attack's setting; test is scored.
+Invented facts, the floor where there is no control model: test is the floor of what is scored,
+defender-dev that of what chooses; attack-dev belongs to attackers and is not asked.
 """
 
 from __future__ import annotations
@@ -43,23 +45,33 @@ class Questions:
         choose: questions of the forget domain that pick a setting.
         test: those that are reported.
         utility: what must still be known, asked under every attack.
+        invented: facts that nobody can know: the floor of `test`; empty with a control, or chance.
+        invented_choose: the floor of `choose`.
     """
 
     attackers: AttackData
     choose: tuple[Sample, ...]
     test: tuple[Sample, ...]
     utility: tuple[Sample, ...]
+    invented: tuple[Sample, ...] = ()
+    invented_choose: tuple[Sample, ...] = ()
 
     @property
     def sets(self) -> dict[str, tuple[Sample, ...]]:
         """The scored sets by name."""
-        return {"choose": self.choose, "test": self.test, "utility": self.utility}
+        made = {"choose": self.choose, "test": self.test, "utility": self.utility}
+        if self.invented:
+            made |= {"invented": self.invented, "invented_choose": self.invented_choose}
+        return made
 
     @cached_property
     def sha256(self) -> str:
         """A hash of everything that is asked or given to attackers; the folds follow from the rest."""
         told = replace(self, attackers=replace(self.attackers, folds=()))
-        return fingerprint(asdict(told))
+        content = asdict(told)
+        if not self.invented:  # as before there was such a floor
+            del content["invented"], content["invented_choose"]
+        return fingerprint(content)
 
 
 def load_questions(recipe: AuditRecipe) -> Questions:
@@ -100,10 +112,17 @@ def load_questions(recipe: AuditRecipe) -> Questions:
         **texts,
         folds=_folds(test),
     )
+    invented, invented_choose = _invented(recipe, source)
     questions = Questions(
-        attackers=attackers, choose=tuple(choose), test=tuple(test), utility=tuple(utility)
+        attackers=attackers,
+        choose=tuple(choose),
+        test=tuple(test),
+        utility=tuple(utility),
+        invented=invented,
+        invented_choose=invented_choose,
     )
     check_no_leak(questions)
+    _check_apart(questions)
     return questions
 
 
@@ -116,7 +135,10 @@ def check_no_leak(questions: Questions) -> None:
     Raises:
         DataError: names the first leaked item.
     """
-    scored = (*questions.test, *questions.choose)
+    scored = (
+        *(*questions.test, *questions.choose),
+        *(*questions.invented, *questions.invented_choose),
+    )
     hidden = {s.group for s in scored}
     asked = [_words(s.messages[-1].content) for s in (*scored, *questions.utility)]
     whole = set(asked)
@@ -138,6 +160,37 @@ def check_no_leak(questions: Questions) -> None:
                 raise DataError(
                     f"leak: {name} gives attackers {sample.id!r}, which has a scored question word for word"
                 )
+
+
+def _invented(recipe: AuditRecipe, source: Source) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """Return the invented facts that are the floor of what is scored, and of what chooses; or none."""
+    if recipe.invented is None:
+        return (), ()
+    family, asked = _loaded(recipe.invented, "invented", source)
+    scored = thin_out(_part(asked, family, "test", "invented"), recipe.audit.limit)
+    if len({s.group for s in scored}) < MIN_GROUPS:
+        raise DataError(
+            f"[invented] {len(scored)} scored question(s) of one group ({scored[0].group!r}): the floor's "
+            "interval is over groups; give more facts, or raise audit.limit"
+        )
+    return tuple(scored), tuple(_part(asked, family, "defender-dev", "invented"))
+
+
+def _check_apart(questions: Questions) -> None:
+    """Refuse invented facts about what is asked in earnest: the two must be drawn independently.
+
+    Raises:
+        DataError: names the first question whose group or text is that of a question of the forget domain.
+    """
+    asked = (*questions.test, *questions.choose)
+    groups = {s.group for s in asked}
+    texts = {_words(s.messages[-1].content) for s in asked}
+    for sample in (*questions.invented, *questions.invented_choose):
+        if sample.group in groups or _words(sample.messages[-1].content) in texts:
+            raise DataError(
+                f"[invented] {sample.id!r} (group {sample.group!r}) is among the scored [questions], too: "
+                "invent facts about other things"
+            )
 
 
 def _loaded(spec: QuestionSpec, where: str, source: Source) -> tuple[str, list[Sample]]:

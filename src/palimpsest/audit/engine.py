@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from palimpsest.audit.arms import Models
+from palimpsest.audit.floors import require_unknown
 from palimpsest.audit.jobs import AttackJob, run_job, stored_views
 from palimpsest.audit.planning import Planned, plan_audit, settled
 from palimpsest.audit.power import shown_attacks
@@ -20,6 +21,7 @@ from palimpsest.audit.record import Audit, AuditedModel, AuditReport
 from palimpsest.audit.rows import Attacked, audit_of
 from palimpsest.audit.tables import ArmViews
 from palimpsest.audit.tiers import left_out
+from palimpsest.audit.transfer import transfer_matrices
 from palimpsest.errors import DataError, ModelError, PalimpsestError, StoreError
 from palimpsest.jobs import COMPUTING
 from palimpsest.specs import ModelSpec
@@ -92,7 +94,9 @@ def audit(
         torch.set_num_threads(plan.recipe.numerics.threads)
         loaded = Models(plan)
         plan = settled(plan, loaded.check())
+        loaded.compare(folder)
         failed = _run(plan, folder, loaded, watcher)
+        loaded.compare(folder)  # a large model is loaded for each job
         report = _report(plan, folder, loaded, failed)
         text = json.dumps(report.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False)
         write_atomic(out / AUDIT, text.encode())
@@ -135,7 +139,7 @@ def _failure(
     try:
         run_job(job, folder, plan.conditions, loaded.get, original, watcher.step)
         if job.attack == NOTHING:
-            _require_answers(job, folder)
+            _require_answers(job, folder, plan)
         return ""
     except StoreError:
         raise
@@ -152,20 +156,24 @@ def _failure(
     return f"{job.id}: {said}"
 
 
-def _require_answers(job: AttackJob, folder: RunFolder) -> None:
-    """Raise DataError when a model can be asked none of the scored questions."""
+def _require_answers(job: AttackJob, folder: RunFolder, plan: Planned) -> None:
+    """Raise DataError when a model can be asked no question, or the original knows invented facts."""
     for view in stored_views(folder, job):
         for channel, marks in view["outcomes"].items():
-            if set(marks["test"]) == {"-"}:
-                raise DataError(
-                    f"none of {len(marks['test'])} questions fits the context of {job.built_on} "
-                    f"({channel})"
-                )
+            for name, what in (("test", "questions"), ("invented", "invented facts")):
+                if set(marks.get(name, "")) == {"-"}:
+                    raise DataError(
+                        f"none of {len(marks[name])} {what} fits the context of {job.built_on} "
+                        f"({channel})"
+                    )
+            if "invented" in marks and job.built_on == plan.recipe.original.name:
+                require_unknown(marks["invented"], channel, plan.questions, len(view["outcomes"]))
 
 
 def _report(plan: Planned, folder: RunFolder, loaded: Models, failed: Failed) -> AuditReport:
     recipe = plan.recipe
     audits: list[Audit] = []
+    by_label: dict[str, dict[str, Attacked]] = {}
     for label, targets in recipe.targets.items():
         attacked = {
             name: Attacked(
@@ -176,6 +184,7 @@ def _report(plan: Planned, folder: RunFolder, loaded: Models, failed: Failed) ->
             )
             for name, plugin in plan.attacks.items()
         }
+        by_label[label] = attacked
         audits.append(
             audit_of(
                 label,
@@ -202,6 +211,7 @@ def _report(plan: Planned, folder: RunFolder, loaded: Models, failed: Failed) ->
         question_set=recipe.questions.dataset,
         utility_set=recipe.utility.dataset,
         audits=audits,
+        transfer=transfer_matrices(plan, folder, by_label),
         recipe=recipe.to_dict(),
         versions={name: version(name) for name in COMPUTING},
         failed={f"{n} on {label}" if label else n: why for (n, label), why in failed.items()},
@@ -231,8 +241,11 @@ def _views(plan: Planned, folder: RunFolder, attack: str, targets: Sequence[str]
             if view["model"] == model
         ]
 
-    def fixed(spec: ModelSpec) -> list[dict[str, Any]]:
-        return of(spec.name, [spec.name, *targets])
+    def fixed(spec: ModelSpec, role: str = "attack") -> list[dict[str, Any]]:
+        refit = (
+            plan.attacks[attack].arms == "refit"
+        )  # then a matrix's prompts are not this arm's own
+        return of(spec.name, [spec.name] if refit else [spec.name, *targets], role)
 
     placebos = tuple(of(t, [t], "placebo") for t in targets)
     return ArmViews(
@@ -240,6 +253,7 @@ def _views(plan: Planned, folder: RunFolder, attack: str, targets: Sequence[str]
         original=fixed(recipe.original),
         controls={spec.name: fixed(spec) for spec in recipe.controls},
         placebos=placebos if all(placebos) else (),
+        placebo_control=[view for spec in recipe.controls[:1] for view in fixed(spec, "placebo")],
     )
 
 

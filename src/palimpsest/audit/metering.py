@@ -1,15 +1,23 @@
-"""What an attack costs, counted where every model is entered: at its token embedding."""
+"""What an attack costs: every forward pass of any language model, seen by hooks for all modules.
+
+FLOPs are an estimate from the weights of a model's matrices (embedding tables left out, an output head
+counted, tied or not; of a mixture all experts), attention's own part left out (Kaplan et al. 2001.08361,
+table 1). Per token: 2 per weight forward; where the output carries a graph another 2 per weight for the
+gradients of activations, and 2 more per weight that is trained. So training all weights costs 6 per
+weight, a search for inputs (GCG, soft prompts, latent PGD) 4, LoRA 4 and 2 more per adapter weight.
+What gradient checkpointing computes a second time is left out.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules import module as every_module
 
 
 @dataclass(slots=True)
@@ -18,9 +26,9 @@ class Cost:
 
     Attributes:
         seconds: wall-clock time.
-        queries: sequences that a model was given. tokens: their tokens, padding included.
-        flops: 2 per weight and token forward, 6 with gradients (Kaplan et al. 2001.08361, table 1):
-            an estimate, without attention's part.
+        queries: rows of forward passes; a text that is read in several passes counts in each.
+        tokens: their tokens, padding included.
+        flops: see the module.
     """
 
     seconds: float = 0.0
@@ -28,30 +36,129 @@ class Cost:
     tokens: int = 0
     flops: float = 0.0
 
+    def __add__(self, other: Cost) -> Cost:
+        """Return the sum."""
+        return Cost(
+            self.seconds + other.seconds,
+            self.queries + other.queries,
+            self.tokens + other.tokens,
+            self.flops + other.flops,
+        )
+
 
 @contextmanager
-def metered(model: nn.Module) -> Iterator[Cost]:
-    """Count what runs in this block through any model of that vocabulary, copies included.
+def metered(note: Callable[[Cost], None] = lambda cost: None) -> Iterator[Cost]:
+    """Count what runs in this block through any language model: as tokens, or as embeddings.
 
-    What enters a model as embeddings, past the token embedding, is not seen.
+    Args:
+        note: told the cost so far after every forward pass.
     """
     cost = Cost()
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    shape = tuple(embedding.weight.shape)
-    weights = sum(p.numel() for p in model.parameters()) - embedding.weight.numel()
-
-    def count(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not isinstance(module, nn.Embedding) or tuple(module.weight.shape) != shape:
-            return
-        ids = args[0]
-        cost.queries += ids.shape[0] if ids.ndim > 1 else 1
-        cost.tokens += ids.numel()
-        cost.flops += (6.0 if torch.is_grad_enabled() else 2.0) * weights * ids.numel()
-
-    handle = nn.modules.module.register_module_forward_pre_hook(count)
     start = time.monotonic()
+
+    def told() -> None:
+        cost.seconds = time.monotonic() - start
+        note(cost)
+
+    meter = _Meter(cost, told)
+    handles = [
+        every_module.register_module_forward_pre_hook(meter.enter),
+        every_module.register_module_forward_hook(meter.leave, always_call=True),
+    ]
     try:
         yield cost
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         cost.seconds = time.monotonic() - start
+
+
+@dataclass(slots=True)
+class _Pass:
+    """A forward pass that is going on.
+
+    Attributes:
+        root: the model. parts: ids of it and of its parts that are language models themselves.
+        entered: those of them that are running.
+        embedding, width: its token embedding and that one's dimension.
+        rows, tokens: what entered it; 0 = not seen yet.
+    """
+
+    root: nn.Module
+    parts: frozenset[int]
+    embedding: nn.Module
+    width: int
+    entered: set[int] = field(default_factory=set)
+    rows: int = 0
+    tokens: int = 0
+
+
+class _Meter:
+    """Hooks for all modules; a pass within a pass (an attack's hook runs a model) is one of its own."""
+
+    def __init__(self, cost: Cost, told: Callable[[], None]) -> None:
+        self.cost, self.told = cost, told
+        self.passes: list[_Pass] = []
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Begin a pass, or take from a part's input how many tokens the pass has."""
+        if _is_language_model(module):
+            self._begin(module)
+        if not self.passes or self.passes[-1].tokens:
+            return
+        now, given = self.passes[-1], args[0] if args else None
+        if not isinstance(given, Tensor):
+            return
+        if module is now.embedding:
+            now.rows, now.tokens = given.shape[0] if given.ndim > 1 else 1, given.numel()
+        elif given.is_floating_point() and given.ndim == 3 and given.shape[2] == now.width:
+            now.rows, now.tokens = given.shape[0], given.shape[0] * given.shape[1]
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """End a pass and add what it cost; a failed one has no output, and no gradients."""
+        if not self.passes or id(module) not in self.passes[-1].entered:
+            return
+        self.passes[-1].entered.discard(id(module))
+        if module is not self.passes[-1].root:
+            return
+        done = self.passes.pop()
+        per_token = _flops_per_token(done.root, has_graph=_has_graph(output))
+        self.cost.queries += done.rows
+        self.cost.tokens += done.tokens
+        self.cost.flops += done.tokens * per_token
+        self.told()
+
+    def _begin(self, module: nn.Module) -> None:
+        now = self.passes[-1] if self.passes else None
+        if now is None or id(module) not in now.parts or id(module) in now.entered:
+            embedding: Any = module.get_input_embeddings()  # type: ignore[operator]
+            parts = frozenset(id(m) for m in module.modules() if _is_language_model(m))
+            now = _Pass(module, parts, embedding, int(embedding.weight.shape[1]))
+            self.passes.append(now)
+        now.entered.add(id(module))
+
+
+def _is_language_model(module: nn.Module) -> bool:
+    return hasattr(type(module), "get_input_embeddings")
+
+
+def _flops_per_token(model: nn.Module, *, has_graph: bool) -> float:
+    """Return the estimate for a model as it is now: adapters are in, merged or not."""
+    weights = trained = 0
+    for part in model.modules():
+        if isinstance(part, nn.Embedding):
+            continue
+        for parameter in part.parameters(recurse=False):
+            if parameter.ndim > 1:
+                weights += parameter.numel()
+                trained += parameter.numel() if parameter.requires_grad else 0
+    return float(4 * weights + 2 * trained if has_graph else 2 * weights)
+
+
+def _has_graph(output: Any) -> bool:
+    """Return whether a gradient can be taken of a tensor in a model's output."""
+    if isinstance(output, Tensor):
+        return output.requires_grad
+    if isinstance(output, Mapping):
+        return any(_has_graph(value) for value in output.values())
+    return isinstance(output, (tuple, list)) and any(_has_graph(value) for value in output)

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 
 from palimpsest.attacks.whitebox.nothing import Nothing
+from palimpsest.audit.asking import Conditions
 from palimpsest.audit.data import Questions, load_questions
 from palimpsest.audit.dry_start import refusal
-from palimpsest.audit.jobs import AttackJob, Conditions, attack_job
+from palimpsest.audit.jobs import AttackJob, attack_job
 from palimpsest.audit.recipe import NOTHING, AuditRecipe
 from palimpsest.errors import UsageError
 from palimpsest.jobs import COMPUTING, PlannedModel
 from palimpsest.model import resolve_device
 from palimpsest.plan import given_model
 from palimpsest.plugins import build_plugin
-from palimpsest.views import KnowledgeAttack
+from palimpsest.views import FittedPrompt, KnowledgeAttack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,19 +109,39 @@ def settled(plan: Planned, quantization: Mapping[str, str]) -> Planned:
         if why:
             skipped[name] = why
     plan = replace(plan, skipped=skipped)
+    if plan.recipe.audit.transfer_matrix:
+        _check_matrix(plan)
     return replace(plan, jobs=tuple(_jobs(plan)))
+
+
+def _check_matrix(plan: Planned) -> None:
+    """Raise UsageError when there is nothing that the matrix could be made of."""
+    fitted = [n for n, a in plan.attacks.items() if isinstance(a, FittedPrompt)]
+    targets = [m.name for seeds in plan.recipe.targets.values() for m in seeds]
+    if len(targets) < 2:
+        raise UsageError(
+            f"audit.transfer_matrix needs two models under attack or more, and {targets[0]} is alone: add "
+            "[[models]], or leave it out"
+        )
+    if all(name in plan.skipped for name in fitted):
+        left = f" (not possible here: {', '.join(fitted)})" if fitted else ""
+        raise UsageError(
+            f"audit.transfer_matrix: no attack of this audit fits a prompt{left}; add gcg, enhanced_gcg, "
+            "soft_prompt or informed_perturbation, or leave it out"
+        )
 
 
 def _refusal(plan: Planned, attack: KnowledgeAttack, quantization: Mapping[str, str]) -> str:
     """Return why an attack or its placebo cannot be made on a model of the audit; empty if they can."""
     targets = {m.name for seeds in plan.recipe.targets.values() for m in seeds}
+    floor = {m.name for m in plan.recipe.controls[:1]}
     data, placebo = plan.questions.attackers, attack.placebo()
-    kinds: dict[tuple[str, bool], str] = {}
+    kinds: dict[tuple[str, bool, bool], str] = {}
     for name, kind in quantization.items():
-        kinds.setdefault((kind, name in targets), name)
-    for (kind, is_target), name in kinds.items():
+        kinds.setdefault((kind, name in targets, name in floor), name)
+    for (kind, is_target, is_floor), name in kinds.items():
         tried = [attack] if is_target or attack.arms == "refit" else []
-        if placebo is not None and is_target:
+        if placebo is not None and (is_target or (is_floor and attack.arms == "refit")):
             tried.append(placebo)
         for one in tried:
             why = refusal(one, data, model=name, quantization=kind)
@@ -134,18 +155,28 @@ def _jobs(plan: Planned) -> list[AttackJob]:
     recipe = plan.recipe
     targets = [m.name for seeds in recipe.targets.values() for m in seeds]
     fixed = [recipe.original.name, *(m.name for m in recipe.controls)]
+    floor = [m.name for m in recipe.controls[:1]]  # a placebo is compared with the floor alone
     jobs = []
     usable = {n: a for n, a in plan.attacks.items() if n not in plan.skipped}
     for model in (*fixed, *targets):
         for name, attack in usable.items():
-            if attack.arms == "refit":
-                jobs.append(_job(plan, name, attack, "attack", model, (model,)))
-            elif model in targets:
-                jobs.append(_job(plan, name, attack, "attack", model, (model, *fixed)))
-            placebo = attack.placebo() if model in targets else None
-            if placebo is not None:
+            scored_on: tuple[str, ...] = (model,)
+            if model in targets and _fills_matrix(plan, attack):
+                scored_on = (model, *fixed, *(t for t in targets if t != model))
+            elif attack.arms == "transfer":
+                scored_on = (model, *fixed)
+            if attack.arms == "refit" or model in targets:
+                jobs.append(_job(plan, name, attack, "attack", model, scored_on))
+            placebo = attack.placebo() if model in targets or model in floor else None
+            if placebo is not None and attack.arms == "refit":
                 jobs.append(_job(plan, name, placebo, "placebo", model, (model,)))
+            elif placebo is not None and model in targets:
+                jobs.append(_job(plan, name, placebo, "placebo", model, (model, *floor)))
     return jobs
+
+
+def _fills_matrix(plan: Planned, attack: KnowledgeAttack) -> bool:
+    return plan.recipe.audit.transfer_matrix and isinstance(attack, FittedPrompt)
 
 
 def _job(

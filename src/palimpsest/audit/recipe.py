@@ -20,7 +20,15 @@ from palimpsest.views import CHANNELS, AuditChannel
 
 NOTHING = "none"
 """Name of the baseline: no attack."""
-ARMS = ("target", "original", "placebo", "chance")
+ARMS = (
+    "target",
+    "original",
+    "placebo",
+    "placebo on control",
+    "chance",
+    "invented facts",
+    "original on invented facts",
+)
 """Names that tables give to arms which are no control models."""
 Tier = Literal["quick", "standard", "paper", "calibration", "none"]
 
@@ -41,13 +49,15 @@ class AuditSpec:
     """How questions are asked: letter, cloze, generation."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Score only so many questions of the test split, spread over it; None = all."""
+    transfer_matrix: bool = False
+    """Ask every unlearned model with the prompts that were fitted on the others, too."""
     utility_limit: Annotated[int, Field(ge=1)] | None = 200
     """Score only so many utility questions under every attack; None = all."""
 
 
 @options
 class QuestionSpec:
-    """`[questions]`, `[utility]`: a multiple-choice data set; its registered split is used."""
+    """`[questions]`, `[utility]`, `[invented]`: multiple choice; the registered split is used."""
 
     dataset: str
     """Data set plugin."""
@@ -84,6 +94,8 @@ class AuditRecipe:
     """The forget domain: what the original knows and the unlearned model should not."""
     utility: QuestionSpec
     """What both should know: asked under every attack, and its attack-dev part is given to attackers."""
+    invented: QuestionSpec | None = None
+    """Facts of the same format that nobody can know: the floor where there is no control model."""
     forget_texts: tuple[CorpusSpec, ...] = ()
     """Training texts about the forget domain; use `split = "attack-dev"`."""
     retain_texts: tuple[CorpusSpec, ...] = ()
@@ -204,6 +216,11 @@ def _check(recipe: AuditRecipe) -> None:
             raise RecipeError(
                 f"control name {control.name!r} is that of another arm; call it otherwise"
             )
+    if recipe.invented is not None and recipe.controls:
+        raise RecipeError(
+            f"[invented] has no effect beside the control {recipe.controls[0].name!r}, which is the floor; "
+            "remove one of them"
+        )
     originals = [m.name for m in recipe.models if m.role == "original"]
     if len(originals) != 1:
         raise RecipeError(f'exactly one model needs role = "original", found {originals}')

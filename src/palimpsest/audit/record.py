@@ -38,7 +38,9 @@ class Rate(_Model):
 class Point(_Model):
     """One view of an attack in one channel: accuracy of every arm on the scored questions.
 
-    `rates`: arm -> rate; the arms are `target`, `original`, the controls by name, and `placebo`.
+    `rates`: arm -> rate; the arms are `target`, `original`, the controls by name, `placebo` (of several
+    kinds the strongest; each under its name) and `placebo on control`; without
+    a control `chance`, or `invented facts` (the target on them) and `original on invented facts`.
     `seeds`: accuracy of the target of each training seed. `utility`: arm -> accuracy on utility questions;
     `coverage`: arm -> share of answers that are one of the letters (generation alone).
     `choose`: the target above the floor on attack-dev; `is_chosen`: whether that is the attack's largest.
@@ -56,18 +58,30 @@ class Point(_Model):
     facts: dict[str, str | int | float | bool]
 
 
-class AttackCost(_Model):
-    """What an attack cost on one target: seconds, queries, FLOPs (estimated), up to its chosen view.
-
-    `total_seconds` is that of all its views, scoring included.
-    """
+class Spent(_Model):
+    """Wall-clock seconds, rows of forward passes, their tokens (with padding), FLOPs (estimated)."""
 
     seconds: float
     queries: int
     tokens: int
     flops: float
+
+
+class AttackCost(_Model):
+    """What an attack cost on one target.
+
+    `make`: all its own work from its start to its chosen view, that for earlier settings included; what a
+    kill made it do again counts. `ask`: asking the scored questions once under that view, in the chosen
+    channel; of an attack in folds, one fold's. `total_seconds` is that of all its views, all questions and
+    channels. `peak_bytes`: most memory of the process that finished the job, libraries included;
+    `device_bytes`: most that was allocated on the accelerator. None where there is none, or it is unknown.
+    """
+
+    make: Spent
+    ask: Spent
     total_seconds: float
     peak_bytes: int | None
+    device_bytes: int | None
 
 
 class AttackRow(_Model):
@@ -75,8 +89,9 @@ class AttackRow(_Model):
 
     `residual` R0, `recovered` R and `gain` are None where the attack is uninformative; then `above_floor`
     says all there is. `lower` is the Holm-adjusted lower limit of min(R, gain), `p_holm` its p. `upper` is
-    the upper end of R's 90 % interval, which "erased" compares with delta. `utility_drop` is the
-    target's accuracy on utility questions without the attack minus that with it.
+    the upper end of R's 90 % interval, which "erased" compares with delta. `placebo_above_floor`
+    is the target minus the control, both under the placebo; without a control, minus the floor.
+    `utility_drop` is the target's accuracy on utility questions without the attack minus that with it.
     """
 
     name: str
@@ -102,6 +117,7 @@ class AttackRow(_Model):
     ceiling: Interval | None = None
     above_floor: Interval | None = None
     above_placebo: Interval | None = None
+    placebo_above_floor: Interval | None = None
     is_below_floor: bool = False
     utility_drop: Interval | None = None
     is_shown: bool
@@ -122,10 +138,11 @@ class AuditedModel(_Model):
 class Audit(_Model):
     """One verdict: an unlearned model (or its training seeds) against the original and the control.
 
-    `cheapest`: the recovering attack of fewest FLOPs. `strongest_usable`: the attack with the largest R
-    among those that cost less than 10 points of utility. `unsupported`: claims that this evidence does not
-    carry. `plain`: the arms without any attack. `left_out`: attacks that the tier leaves out.
-    `shown`: attacks of this audit that `audit calibrate` showed to recover hiders by construction.
+    `cheapest`: the recovering attack of fewest FLOPs, made and asked. `strongest_usable`: the attack with
+    the largest R among those that cost less than 10 points of utility. `unsupported`: claims that this
+    evidence does not carry. `floor`: what it was, in words. `plain`: the arms without any attack.
+    `left_out`: attacks that the tier leaves out. `shown`: attacks of this audit that `audit calibrate`
+    showed to recover hiders by construction.
     """
 
     label: str
@@ -135,6 +152,7 @@ class Audit(_Model):
     cheapest: str | None
     strongest_usable: str | None
     unsupported: list[str]
+    floor: str = ""
     residual: dict[str, Interval]
     plain: list[Point]
     rows: list[AttackRow]
@@ -142,8 +160,53 @@ class Audit(_Model):
     shown: list[str]
 
 
+class TransferCell(_Model):
+    """Models asked with prompts that were fitted on another (or the same) unlearned model.
+
+    `column`: a method, the original or a control. `kind`: `own` = each network with its own prompt;
+    `other seeds` = each network with those of the method's other training seeds. `pairs` = how many
+    (prompt, network) were averaged. `rate`: accuracy on the scored questions that all pairs answered;
+    `plain`: the same networks and questions without any attack; `change` = rate - plain, in pairs.
+    `above_placebo`: rate minus that under the networks' own placebo of the attack, where it has one.
+    `recovered`: R, by the original and the control under the same prompts; None where uninformative,
+    without a control, and for the original and the controls.
+    """
+
+    column: str
+    kind: Literal["own", "other seeds", "other method", "original", "control"]
+    pairs: int
+    rate: Rate
+    plain: Rate
+    change: Interval | None
+    above_placebo: Interval | None
+    recovered: Interval | None
+
+
+class TransferRow(_Model):
+    """What prompts that were fitted on one method do to every model.
+
+    `setting`: chosen on attack-dev, by the method that they were fitted on, among those of this channel;
+    `is_chosen`: whether attack-dev chose this channel for the verdict, too. `reason`: why there is none.
+    """
+
+    fitted_on: str
+    seeds: int
+    setting: dict[str, str | int | float | bool]
+    is_chosen: bool
+    cells: list[TransferCell]
+    reason: str
+
+
+class TransferMatrix(_Model):
+    """Of one attack in one channel: fitted on (rows) by asked (cells). It has no part in any verdict."""
+
+    attack: str
+    channel: str
+    rows: list[TransferRow]
+
+
 class AuditReport(_Model):
-    """All verdicts of one command."""
+    """All verdicts of one command; `transfer` is empty without `audit.transfer_matrix`."""
 
     schema_version: Literal[1] = 1
     name: str
@@ -156,6 +219,7 @@ class AuditReport(_Model):
     question_set: str
     utility_set: str
     audits: list[Audit]
+    transfer: list[TransferMatrix] = []
     recipe: dict[str, Any]
     versions: dict[str, str]
     failed: dict[str, str]

@@ -5,11 +5,13 @@
     gain = R - max(R0, 0)
 
 U, O and F are the accuracies of the unlearned model, the original (ceiling) and the control (floor) on the
-same questions. A model that answers below the floor is counted as at the floor in the gain: going from
-"worse than guessing" to guessing recovers nothing.
+same questions. Without a control, F is the accuracy of the unlearned model itself, under the same attack,
+on invented facts: what the attack makes it guess. A model that answers below the floor is counted as at the
+floor in the gain: going from "worse than guessing" to guessing recovers nothing.
 
 Intervals draw groups of questions, and training seeds of the unlearned model where there are several; all
-arms share a draw, since they answer the same questions (`two_level`).
+arms share a draw, since they answer the same questions (`two_level`). Invented facts are other questions in
+other groups, drawn independently, but of the same models: they share the draw of seeds.
 
 Legend: D draws, S seeds, G groups, N questions.
 """
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from palimpsest.errors import DataError
-from palimpsest.stats import Floats, clustered_rate
+from palimpsest.stats import Floats, clustered_rate, effective_n, wilson
 from palimpsest.two_level import group_draws, stretch_of
 
 CONFIDENCE = 0.95
@@ -41,14 +43,20 @@ class ArmAnswers:
 
     Attributes:
         target: the unlearned model: a list per training seed.
-        original: the ceiling. floor: the control.
+        original: the ceiling. floor: the control; empty where `invented` is the floor.
         placebo: the unlearned model under the attack's placebo, by seed; empty without one.
+        placebo_floor: the control under that placebo; None without either.
+        invented: the unlearned model on invented facts, by seed: the floor without a control.
+        placebo_invented: the same under the placebo.
     """
 
     target: tuple[Answers, ...]
     original: Answers
-    floor: Answers
+    floor: Answers = ()
     placebo: tuple[Answers, ...] = ()
+    placebo_floor: Answers | None = None
+    invented: tuple[Answers, ...] = ()
+    placebo_invented: tuple[Answers, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +75,9 @@ class Recovery:
     Attributes:
         residual: R0. recovered: R. gain: R - max(R0, 0). All None where uninformative.
         ceiling: original minus floor under the attack: what could be recovered.
-        above_floor: unlearned minus floor under the attack.
+        above_floor, above_original: unlearned minus floor, and minus original, under the attack.
         above_placebo: unlearned under the attack minus under its placebo; None without one.
-        placebo_above_floor: unlearned under the placebo minus floor under the attack; None without one.
+        placebo_above_floor: unlearned minus floor, both under the placebo; None without either.
         n, groups, unscored: questions that all arms answered, their groups, and the others.
         informative: whether the ceiling's lower end is at least `MIN_CEILING`.
         least: draws of min(R, gain), sorted: what a verdict tests; empty where uninformative.
@@ -82,6 +90,7 @@ class Recovery:
     gain: Estimate | None
     ceiling: Estimate
     above_floor: Estimate
+    above_original: Estimate
     above_placebo: Estimate | None
     placebo_above_floor: Estimate | None
     n: int
@@ -114,6 +123,7 @@ def recovery(
     plain: ArmAnswers,
     groups: Sequence[str],
     *,
+    invented_groups: Sequence[str] = (),
     seed: int = 0,
     draws: int = DRAWS,
 ) -> Recovery:
@@ -123,6 +133,7 @@ def recovery(
         attacked: answers under the attack.
         plain: answers without it, in the channel to compare with.
         groups: of each question.
+        invented_groups: of each invented fact, where those are the floor.
         seed: of the resampling.
         draws: number of resamples.
 
@@ -130,34 +141,34 @@ def recovery(
         DataError: no question was scored on every arm, or arms have different numbers of questions.
     """
     kept = _scored_by_all(attacked, plain, groups)
-    codes = np.unique([groups[i] for i in kept], return_inverse=True)[1]
-    counts_G = np.bincount(codes).astype(np.float64)
-    table = _Table(kept, codes, counts_G, len(attacked.target), seed, draws)
-    u, o, f = table.of(attacked.target), table.of([attacked.original]), table.of([attacked.floor])
-    u0, o0, f0 = table.of(plain.target), table.of([plain.original]), table.of([plain.floor])
-    ceiling, above = table.estimate(o, f), table.estimate(u, f)
+    table = _Table.drawn([groups[i] for i in kept], kept, len(attacked.target), seed, draws)
+    u, o = table.of(attacked.target), table.of([attacked.original])
+    u0, o0 = table.of(plain.target), table.of([plain.original])
+    floor, floor0, under = _floors(attacked, plain, table, invented_groups, seed)
+    ceiling = floor.below(o)
     placebo = table.of(attacked.placebo) if attacked.placebo else None
-    informative = ceiling.low >= MIN_CEILING and o0[0] > f0[0]
+    informative = ceiling.low >= MIN_CEILING and o0[0] > floor0.limits(CONFIDENCE)[1]
     facts: dict[str, Any] = {
         "ceiling": ceiling,
-        "above_floor": above,
-        "above_placebo": table.estimate(u, placebo) if placebo else None,
-        "placebo_above_floor": table.estimate(placebo, f) if placebo else None,
+        "above_floor": floor.below(u),
+        "above_original": _difference(u, o),
+        "above_placebo": _difference(u, placebo) if placebo else None,
+        "placebo_above_floor": under.below(placebo) if placebo and under else None,
         "n": len(kept),
-        "groups": len(counts_G),
+        "groups": len(table.counts_G),
         "unscored": len(groups) - len(kept),
         "informative": informative,
     }
     if not informative:
-        nothing: dict[str, Any] = {"residual": None, "recovered": None, "gain": None}
-        return Recovery(**nothing, **facts, least=np.empty(0), smallest=float("-inf"), upper=None)
-    ratio, ratio0 = _ratio(u, o, f), _ratio(u0, o0, f0)
+        facts |= dict.fromkeys(("residual", "recovered", "gain"))
+        return Recovery(**facts, least=np.empty(0), smallest=float("-inf"), upper=None)
+    ratio, ratio0 = _ratio(u, o, floor.drawn), _ratio(u0, o0, floor0.drawn)
     gain = (ratio[0] - max(ratio0[0], 0.0), ratio[1] - np.maximum(ratio0[1], 0.0))
     least = np.sort(np.minimum(ratio[1], gain[1]))
-    edges = [_wilson_ratio(a, kept, groups, o, f) for a in attacked.target]
-    edges0 = [_wilson_ratio(a, kept, groups, o0, f0) for a in plain.target]
-    low, high = (float(np.mean([e[k] for e in edges])) for k in (0, 1))
-    low0, high0 = (float(np.mean([e[k] for e in edges0])) for k in (0, 1))
+    asked = [groups[i] for i in kept]
+    low, high = _edges(attacked.target, kept, asked, u, o, floor, CONFIDENCE)
+    low0, high0 = _edges(plain.target, kept, asked, u0, o0, floor0, CONFIDENCE)
+    top = _edges(attacked.target, kept, asked, u, o, floor, 0.90)[1]
     return Recovery(
         residual=_widened(ratio0, low0, high0),
         recovered=_widened(ratio, low, high),
@@ -165,8 +176,31 @@ def recovery(
         **facts,
         least=least,
         smallest=min(low, low - max(ratio0[0], 0.0)),
-        upper=_upper(ratio, attacked, kept, groups, o, f),
+        upper=max(float(np.quantile(ratio[1], 0.95)), top),
     )
+
+
+def residual_lower(
+    plain: ArmAnswers,
+    groups: Sequence[str],
+    alpha: float,
+    *,
+    invented_groups: Sequence[str] = (),
+    seed: int = 0,
+    draws: int = DRAWS,
+) -> float:
+    """Return R0's lower limit at one-sided level alpha: at .025, that of the interval of `recovery`.
+
+    Arguments and errors are those of `recovery`; the original's rate has to be above the floor's.
+    """
+    kept = _scored_by_all(plain, plain, groups)
+    asked, confidence = [groups[i] for i in kept], 1 - 2 * alpha
+    table = _Table.drawn(asked, kept, len(plain.target), seed, draws)
+    table.confidence = confidence
+    u, o = table.of(plain.target), table.of([plain.original])
+    floor = _floors(plain, plain, table, invented_groups, seed)[0]
+    edge = _edges(plain.target, kept, asked, u, o, floor, confidence)[0]
+    return min(float(np.quantile(_ratio(u, o, floor.drawn)[1], alpha)), edge)
 
 
 Drawn = tuple[float, Floats]
@@ -180,16 +214,28 @@ class _Table:
     kept: list[int]
     codes: Any
     counts_G: Floats
-    num_seeds: int
-    seed: int
-    draws: int
+    weights: list[Floats]
+    times_DS: Any
+    confidence: float = CONFIDENCE
 
-    def __post_init__(self) -> None:
-        rng = np.random.default_rng(self.seed)
-        num_groups = len(self.counts_G)
-        self.weights = list(group_draws(num_groups, self.draws, rng))
-        chances = np.full(self.num_seeds, 1 / self.num_seeds)
-        self.times_DS = rng.multinomial(self.num_seeds, chances, size=self.draws)
+    @classmethod
+    def drawn(
+        cls, groups: Sequence[str], kept: list[int], num_seeds: int, seed: int, draws: int
+    ) -> _Table:
+        """Draw groups of the kept questions, then training seeds."""
+        rng = np.random.default_rng(seed)
+        codes, counts_G = _coded(groups)
+        weights = list(group_draws(len(counts_G), draws, rng))
+        chances = np.full(num_seeds, 1 / num_seeds)
+        times_DS = rng.multinomial(num_seeds, chances, size=draws)
+        return cls(kept, codes, counts_G, weights, times_DS)
+
+    def beside(self, groups: Sequence[str], kept: list[int], seed: int) -> _Table:
+        """Return the table of other questions to the same models: other groups, the same seeds."""
+        rng = np.random.default_rng([seed, 1])
+        codes, counts_G = _coded(groups)
+        weights = list(group_draws(len(counts_G), len(self.times_DS), rng))
+        return _Table(kept, codes, counts_G, weights, self.times_DS, self.confidence)
 
     def of(self, answers: Sequence[Answers]) -> Drawn:
         """Return the mean rate over seeds, and its draws; one list stands for no seeds at all."""
@@ -207,18 +253,80 @@ class _Table:
         rates_DS = np.concatenate(
             [(w @ sums_SG.T) / (w @ self.counts_G)[:, None] for w in self.weights]
         )
+        num_seeds = self.times_DS.shape[1]
         if len(answers) == 1:
             return float(rates_S[0]), rates_DS[:, 0]
-        if len(answers) != self.num_seeds:
-            raise DataError(f"{len(answers)} seeds of answers beside {self.num_seeds}")
-        shift_S = (stretch_of(self.num_seeds, CONFIDENCE) - 1.0) * (rates_S - rates_S.mean())
-        means_D = ((rates_DS + shift_S) * self.times_DS).sum(axis=1) / self.num_seeds
+        if len(answers) != num_seeds:
+            raise DataError(f"{len(answers)} seeds of answers beside {num_seeds}")
+        shift_S = (stretch_of(num_seeds, self.confidence) - 1.0) * (rates_S - rates_S.mean())
+        means_D = ((rates_DS + shift_S) * self.times_DS).sum(axis=1) / num_seeds
         return float(rates_S.mean()), means_D
 
-    def estimate(self, a: Drawn, b: Drawn) -> Estimate:
-        """Return the difference of two rates."""
-        low, high = np.quantile(a[1] - b[1], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        return Estimate(a[0] - b[0], float(low), float(high))
+
+@dataclass
+class _Floor:
+    """The floor in one condition: its draws and, of invented facts, the answers that they come from."""
+
+    drawn: Drawn
+    invented: Sequence[Answers] = ()
+    kept: Sequence[int] = ()
+    groups: Sequence[str] = ()
+
+    def limits(self, confidence: float) -> tuple[float, float]:
+        """Return the rate at Wilson's limits, mean over seeds; a control is held at its estimate.
+
+        The bootstrap of a few facts that all get the same mark has no width.
+        """
+        if not self.invented:
+            return self.drawn[0], self.drawn[0]
+        found = []
+        for answers in self.invented:
+            values = [float(answers[i] or 0.0) for i in self.kept]
+            size = effective_n(values, self.groups, confidence)
+            found.append(wilson(float(np.mean(values)) * size, size, confidence))
+        return float(np.mean([low for low, _ in found])), float(
+            np.mean([high for _, high in found])
+        )
+
+    def below(self, rate: Drawn) -> Estimate:
+        """Return how far a rate is above this floor."""
+        made, (low, high) = _difference(rate, self.drawn), self.limits(CONFIDENCE)
+        return Estimate(made.value, min(made.low, rate[0] - high), max(made.high, rate[0] - low))
+
+
+def _floors(
+    attacked: ArmAnswers,
+    plain: ArmAnswers,
+    table: _Table,
+    invented_groups: Sequence[str],
+    seed: int,
+) -> tuple[_Floor, _Floor, _Floor | None]:
+    """Return the floor under the attack, without it and, where that is known, under the placebo."""
+    if not attacked.invented:
+        answers = attacked.placebo_floor
+        under = None if answers is None else _Floor(table.of([answers]))
+        return _Floor(table.of([attacked.floor])), _Floor(table.of([plain.floor])), under
+    lists = [*attacked.invented, *plain.invented, *attacked.placebo_invented]
+    kept = _scored_in_all(lists, invented_groups, "invented facts")
+    groups = [invented_groups[i] for i in kept]
+    other = table.beside(groups, kept, seed)
+    floor, floor0, *placebo = (
+        _Floor(other.of(answers), answers, kept, groups)
+        for answers in (attacked.invented, plain.invented, attacked.placebo_invented)
+        if answers
+    )
+    return floor, floor0, placebo[0] if placebo else None
+
+
+def _coded(groups: Sequence[str]) -> tuple[Any, Floats]:
+    """Return the number of each question's group, and the groups' sizes."""
+    codes = np.unique(groups, return_inverse=True)[1]
+    return codes, np.bincount(codes).astype(np.float64)
+
+
+def _difference(a: Drawn, b: Drawn) -> Estimate:
+    low, high = np.quantile(a[1] - b[1], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Estimate(a[0] - b[0], float(low), float(high))
 
 
 def _ratio(u: Drawn, o: Drawn, f: Drawn) -> Drawn:
@@ -229,33 +337,34 @@ def _ratio(u: Drawn, o: Drawn, f: Drawn) -> Drawn:
     return value, found_D
 
 
-def _upper(
-    ratio: Drawn,
-    attacked: ArmAnswers,
+def _edges(
+    target: Sequence[Answers],
     kept: Sequence[int],
     groups: Sequence[str],
+    u: Drawn,
     o: Drawn,
-    f: Drawn,
-) -> float:
-    """Return the upper end of R's 90 % interval, Wilson's where every answer is wrong."""
-    edges = [_wilson_ratio(a, kept, groups, o, f, 0.90)[1] for a in attacked.target]
-    return max(float(np.quantile(ratio[1], 0.95)), float(np.mean(edges)))
-
-
-def _wilson_ratio(
-    answers: Answers,
-    kept: Sequence[int],
-    groups: Sequence[str],
-    o: Drawn,
-    f: Drawn,
-    confidence: float = CONFIDENCE,
+    floor: _Floor,
+    confidence: float,
 ) -> tuple[float, float]:
-    """Return R at Wilson's limits of one seed's rate, the other arms held at their estimates."""
+    """Return R at Wilson's limits of the seeds' rates, or of an invented floor: the wider ones.
+
+    The other arms are held at their estimates meanwhile.
+    """
+    f = floor.drawn[0]
+    ends = [_wilson_rate(answers, kept, groups, confidence) for answers in target]
+    lows, highs = ([(end[k] - f) / (o[0] - f) for end in ends] for k in (0, 1))
+    at_floor = [(u[0] - x) / (o[0] - x) for x in floor.limits(confidence) if x < o[0]]
+    found = [float(np.mean(lows)), float(np.mean(highs)), *at_floor]
+    return min(found), max(found)
+
+
+def _wilson_rate(
+    answers: Answers, kept: Sequence[int], groups: Sequence[str], confidence: float
+) -> tuple[float, float]:
     right = [int(float(answers[i] or 0.0) >= 0.5) for i in kept]
-    _, low, high = clustered_rate(right, [groups[i] for i in kept], confidence)
+    _, low, high = clustered_rate(right, groups, confidence)
     rate = float(np.mean([float(answers[i] or 0.0) for i in kept]))
-    span = o[0] - f[0]
-    return (min(low, rate) - f[0]) / span, (max(high, rate) - f[0]) / span
+    return min(low, rate), max(high, rate)
 
 
 def _widened(drawn: Drawn, low: float, high: float) -> Estimate:
@@ -266,15 +375,19 @@ def _widened(drawn: Drawn, low: float, high: float) -> Estimate:
 def _scored_by_all(attacked: ArmAnswers, plain: ArmAnswers, groups: Sequence[str]) -> list[int]:
     lists: list[Answers] = []
     for arms in (attacked, plain):
-        lists += [*arms.target, arms.original, arms.floor, *arms.placebo]
+        lists += [*arms.target, arms.original, *arms.placebo]
+        lists += [] if arms.invented else [arms.floor]
+        lists += [] if arms.placebo_floor is None else [arms.placebo_floor]
+    return _scored_in_all(lists, groups, "questions")
+
+
+def _scored_in_all(lists: Sequence[Answers], groups: Sequence[str], what: str) -> list[int]:
     lengths = {len(answers) for answers in lists} | {len(groups)}
     if len(lengths) != 1:
-        raise DataError(
-            f"the arms answered {sorted(lengths)} questions: they must be the same ones"
-        )
+        raise DataError(f"the arms answered {sorted(lengths)} {what}: they must be the same ones")
     kept = [i for i in range(len(groups)) if all(a[i] is not None for a in lists)]
     if not kept:
         raise DataError(
-            f"none of {len(groups)} questions was scored on every arm: they are too long with this attack"
+            f"none of {len(groups)} {what} was scored on every arm: they are too long with this attack"
         )
     return kept

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from palimpsest.audit.claims import Found, Limit, holm_limits, judged, mute
 from palimpsest.audit.data import Questions
+from palimpsest.audit.floors import (
+    INVENTED,
+    ORIGINAL_INVENTED,
+    floor_caveat,
+    floor_text,
+    floor_without_control,
+    with_floor,
+)
 from palimpsest.audit.jobs import AttackJob, done_facts, stored_views
-from palimpsest.audit.rates import chance_floor, interval_of, over_seeds, rate_of
+from palimpsest.audit.metering import Cost
+from palimpsest.audit.rates import interval_of, over_seeds, rate_of
+from palimpsest.audit.recipe import ARMS
 from palimpsest.audit.record import (
     AttackCost,
     AttackRow,
@@ -16,11 +27,12 @@ from palimpsest.audit.record import (
     Interval,
     Point,
     Rate,
-    Status,
+    Spent,
 )
-from palimpsest.audit.recovery import Answers, ArmAnswers, Recovery, recovery
+from palimpsest.audit.recovery import Answers, ArmAnswers, Recovery, recovery, residual_lower
 from palimpsest.audit.tables import (
     PLACEBO,
+    PLACEBO_CONTROL,
     TARGET,
     ArmViews,
     Candidate,
@@ -31,15 +43,11 @@ from palimpsest.audit.tables import (
 )
 from palimpsest.audit.verdict import ALPHA, Finding, cheapest, find, strongest_usable, unsupported
 from palimpsest.errors import DataError
-from palimpsest.multiplicity import holm
 from palimpsest.plugins import option_values
 from palimpsest.stats import bootstrap_ratio
 from palimpsest.store import RunFolder
 from palimpsest.types import Sample
 from palimpsest.views import KnowledgeAttack
-
-CHANCE = "chance"
-"""Name of the floor where there is no control model: the best rule that needs no model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +62,6 @@ class Attacked:
     views: ArmViews
     jobs: tuple[AttackJob, ...]
     failed: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Found:
-    """An attack's candidates, its choice and what that recovers."""
-
-    all: list[Candidate]
-    pick: Candidate
-    recovered: Recovery
 
 
 def audit_of(
@@ -86,25 +85,27 @@ def audit_of(
         questions: what was asked.
         folder: where the jobs are.
         baseline: name of the attack that is none.
-        floor: name of the control model that is the floor; None = chance (`CHANCE`).
+        floor: name of the control model that is the floor; None = invented facts or, without those, chance.
         delta: margin.
         seed: of the resampling.
         left_out: attacks of the largest tier that did not run.
         shown: attack plugin -> hiding families that it recovered in calibration.
     """
-    table = _Table(questions, floor or CHANCE, seed)
+    table = _Table(questions, floor or floor_without_control(questions), seed)
     plain = {c.channel: c for c in table.candidates(attacks[baseline].views)}
     without = {channel: table.recovery(c, c) for channel, c in plain.items()}
     residual = {c: interval_of(r.residual) for c, r in without.items() if r.residual is not None}
     tried = {n: table.found(a, plain, residual) for n, a in attacks.items() if n != baseline}
-    found = {name: made for name, made in tried.items() if isinstance(made, _Found)}
-    limits = _holm(found, attacks, table.floor, delta)
+    found = {name: made for name, made in tried.items() if isinstance(made, Found)}
+    limits = holm_limits(found, {n: a.plugin for n, a in attacks.items()}, table.floor, delta)
     rows = [
         _row(name, attacks[name], made, limits.get(name), plain, table, folder, delta, shown)
         for name, made in tried.items()
     ]
-    finding, other = _verdicts(residual, rows, delta, without)
+    lower = table.residual_limits([plain[c] for c in residual])
+    finding, other = _verdicts(residual, lower, rows, delta, without)
     best, cheap = strongest_usable(rows), cheapest(rows)
+    caveat, num_seeds = floor_caveat(table.floor), len(attacks[baseline].views.targets)
     return Audit(
         label=label,
         verdict=finding.verdict,
@@ -113,12 +114,9 @@ def audit_of(
         cheapest=cheap.name if cheap else None,
         strongest_usable=best.name if best else None,
         unsupported=unsupported(
-            rows,
-            verdict=finding.verdict,
-            has_control=floor is not None,
-            num_seeds=len(attacks[baseline].views.targets),
-            left_out=left_out,
+            rows, verdict=finding.verdict, caveat=caveat, num_seeds=num_seeds, left_out=left_out
         ),
+        floor=floor_text(table.floor, questions),
         residual=residual,
         plain=[table.point(c, is_chosen=False) for c in plain.values()],
         rows=rows,
@@ -129,6 +127,7 @@ def audit_of(
 
 def _verdicts(
     residual: Mapping[str, Interval],
+    lower: Mapping[str, float],
     rows: Sequence[AttackRow],
     delta: float,
     plain: Mapping[str, Recovery],
@@ -136,9 +135,15 @@ def _verdicts(
     """Return the verdict against an attacker without, and one with, the original model."""
     upper = {c: r.upper for c, r in plain.items() if r.upper is not None}
     without, with_it = (
-        find(residual, rows, delta=delta, with_original=flag, upper=upper) for flag in (False, True)
+        find(residual, rows, delta=delta, with_original=flag, upper=upper, lower=lower)
+        for flag in (False, True)
     )
     return without, with_it
+
+
+def candidates_of(views: ArmViews, questions: Questions, floor: str) -> list[Candidate]:
+    """Return an attack's candidates, with the floor among their arms."""
+    return with_floor(candidates(views), questions, floor)
 
 
 @dataclass(frozen=True)
@@ -150,19 +155,15 @@ class _Table:
     seed: int
 
     def candidates(self, views: ArmViews) -> list[Candidate]:
-        """Return an attack's candidates; without a control model the floor is chance."""
-        made = candidates(views)
-        if self.floor != CHANCE:
-            return made
-        sets = {n: (chance_floor(s),) for n, s in self.questions.sets.items()}
-        return [replace(c, answers={**c.answers, CHANCE: sets}) for c in made]
+        """Return an attack's candidates, with the floor among their arms."""
+        return candidates_of(views, self.questions, self.floor)
 
     def found(
         self,
         attacked: Attacked,
         plain: Mapping[str, Candidate],
         residual: Mapping[str, Interval],
-    ) -> _Found | str:
+    ) -> Found | str:
         """Return what an attack recovers at its chosen view; or why there is nothing to say.
 
         It is compared with the same channel without any attack; where that one says nothing (a probe has
@@ -177,34 +178,64 @@ class _Table:
         largest = max(residual, key=lambda c: residual[c].value, default=next(iter(plain)))
         like = plain[pick.channel if pick.channel in residual else largest]
         try:
-            return _Found(all=every, pick=pick, recovered=self.recovery(pick, like))
+            return Found(all=every, pick=pick, recovered=self.recovery(pick, like))
         except DataError as error:  # every question is too long with it, say
             return str(error)
 
     def recovery(self, attacked: Candidate, plain: Candidate) -> Recovery:
         """Return what a candidate recovers, compared with the baseline."""
-        groups = [s.group for s in self.questions.test]
-        return recovery(self._arms(attacked), self._arms(plain), groups, seed=self.seed)
+        return recovery(
+            self._arms(attacked),
+            self._arms(plain),
+            [s.group for s in self.questions.test],
+            invented_groups=[s.group for s in self.questions.invented],
+            seed=self.seed,
+        )
+
+    def residual_limits(self, plain: Sequence[Candidate]) -> dict[str, float]:
+        """Return R0's lower limit by channel, at a level that is divided by their number."""
+        return {
+            c.channel: residual_lower(
+                self._arms(c),
+                [s.group for s in self.questions.test],
+                ALPHA / len(plain),
+                invented_groups=[s.group for s in self.questions.invented],
+                seed=self.seed,
+            )
+            for c in plain
+        }
 
     def _arms(self, candidate: Candidate) -> ArmAnswers:
-        def of(arm: str) -> tuple[Answers, ...]:
-            return candidate.answers.get(arm, {}).get("test", ())
+        def of(arm: str, asked: str = "test") -> tuple[Answers, ...]:
+            return candidate.answers.get(arm, {}).get(asked, ())
 
-        placebo = of(PLACEBO)
         targets = of(TARGET)
+        placebo = of(PLACEBO) if len(of(PLACEBO)) == len(targets) else ()
+        if self.floor == INVENTED:
+            return ArmAnswers(
+                target=targets,
+                original=of("original")[0],
+                placebo=placebo,
+                invented=of(INVENTED),
+                placebo_invented=of(PLACEBO, "invented") if placebo else (),
+            )
+        # what is no control model has not met the placebo: then the floor under the attack stands for it
+        under = of(self.floor) if self.floor in ARMS else of(PLACEBO_CONTROL)
         return ArmAnswers(
             target=targets,
             original=of("original")[0],
             floor=of(self.floor)[0],
-            placebo=placebo if len(placebo) == len(targets) else (),
+            placebo=placebo,
+            placebo_floor=under[0] if under and placebo else None,
         )
 
     def point(self, candidate: Candidate, *, is_chosen: bool) -> Point:
         """Return a candidate for the record."""
+        others = dict.fromkeys((INVENTED, ORIGINAL_INVENTED), self.questions.invented)
 
         def rates(name: str, samples: Sequence[Sample]) -> dict[str, Rate]:
             return {
-                arm: rate_of(sets[name], samples)
+                arm: rate_of(sets[name], others.get(arm, samples))
                 for arm, sets in candidate.answers.items()
                 if name in sets
             }
@@ -222,7 +253,7 @@ class _Table:
             facts=dict(candidate.facts),
         )
 
-    def utility_drop(self, found: _Found, plain: Mapping[str, Candidate]) -> Interval | None:
+    def utility_drop(self, found: Found, plain: Mapping[str, Candidate]) -> Interval | None:
         """Return the target's accuracy on utility questions without the attack minus with it."""
         pick = next(
             (
@@ -248,36 +279,11 @@ class _Table:
         return Interval(value=sum(values) / len(values), low=low, high=high)
 
 
-@dataclass(frozen=True)
-class _Limit:
-    """What Holm's procedure leaves of an attack: its adjusted p and lower limit."""
-
-    p: float
-    lower: float
-
-
-def _holm(
-    found: Mapping[str, _Found], attacks: Mapping[str, Attacked], floor: str, delta: float
-) -> dict[str, _Limit]:
-    """Return adjusted p and limits of the attacks that can claim a recovery."""
-    names = [n for n, f in found.items() if not _mute(attacks[n].plugin, f, floor)]
-    if not names:
-        return {}
-    raw = {n: found[n].recovered.p_value(delta) for n in names}
-    adjusted = dict(zip(names, holm([raw[n] for n in names]), strict=True))
-    limits = {}
-    for place, name in enumerate(sorted(names, key=lambda n: raw[n])):
-        lower = found[name].recovered.lower(ALPHA / (len(names) - place))
-        assert lower is not None
-        limits[name] = _Limit(adjusted[name], lower)
-    return limits
-
-
 def _row(
     name: str,
     attacked: Attacked,
-    found: _Found | str,
-    limit: _Limit | None,
+    found: Found | str,
+    limit: Limit | None,
     plain: Mapping[str, Candidate],
     table: _Table,
     folder: RunFolder,
@@ -299,7 +305,7 @@ def _row(
     if isinstance(found, str):
         return AttackRow(**facts, status="not run", reason=found)
     made = found.recovered
-    status, reason = _mute(plugin, found, table.floor) or _judged(made, limit, delta)
+    status, reason = mute(plugin, found, table.floor) or judged(made, limit, delta)
     return AttackRow(
         **facts,
         status=status,
@@ -318,6 +324,7 @@ def _row(
         ceiling=interval_of(made.ceiling),
         above_floor=interval_of(made.above_floor),
         above_placebo=interval_of(made.above_placebo),
+        placebo_above_floor=interval_of(made.placebo_above_floor),
         is_below_floor=made.above_floor.high < 0,
         utility_drop=table.utility_drop(found, plain),
         cost=_cost(attacked.jobs, found.pick, folder),
@@ -325,55 +332,22 @@ def _row(
     )
 
 
-def _mute(plugin: KnowledgeAttack, found: _Found, floor: str) -> tuple[Status, str] | None:
-    """Return why an attack can claim no recovery whatever its numbers are; None where it can."""
-    made = found.recovered
-    if not found.pick.is_active:
-        return "no effect", "the attack changed neither the prompt nor the model's answers"
-    if not made.informative:
-        return "uninformative", (
-            f"the original is {made.ceiling.value:.0%} [{made.ceiling.low:.0%}, "
-            f"{made.ceiling.high:.0%}] above the floor under it: too little to recover"
-        )
-    if plugin.role == "diagnostic":
-        return "does not recover", "a diagnostic: it has no part in the verdict"
-    if plugin.trains and floor == CHANCE:
-        return "does not recover", "it trains, and without a control model that shows nothing"
-    return None
-
-
-def _judged(made: Recovery, limit: _Limit | None, delta: float) -> tuple[Status, str]:
-    assert limit is not None
-    if limit.p > ALPHA or limit.lower <= delta:
-        return "does not recover", f"lower limit {limit.lower:.0%} (Holm), margin {delta:.0%}"
-    if made.above_floor.low <= 0:
-        return "does not recover", "not above the floor"
-    above = made.above_placebo
-    if above is not None and above.low <= 0:
-        # any change of that form does it: then what comes back was there, unless it is nothing at all
-        if made.placebo_above_floor is None or made.placebo_above_floor.low <= 0:
-            return "does not recover", "not above its placebo"
-        said = "its placebo recovers, too: the change matters, not what it is told"
-        return "recovers", f"lower limit {limit.lower:.0%} (Holm), margin {delta:.0%}; {said}"
-    return "recovers", f"lower limit {limit.lower:.0%} (Holm), margin {delta:.0%}"
-
-
 def _cost(jobs: Sequence[AttackJob], pick: Candidate, folder: RunFolder) -> AttackCost | None:
-    """Return the cost on the first unlearned model, up to the chosen view, its scoring included.
-
-    What trains does so when its view is applied: attack and scoring cannot be told apart.
-    """
+    """Return the cost on the first unlearned model: of the chosen view (of its first repeat, or fold)."""
     if not jobs:
         return None
     views = [v for v in stored_views(folder, jobs[0]) if v["model"] == jobs[0].built_on]
-    until = next((i for i, v in enumerate(views) if v["setting"] == pick.setting), len(views) - 1)
-    spent = [v[part] for v in views[: until + 1] for part in ("cost", "scoring")]
-    total = sum(v["cost"]["seconds"] + v["scoring"]["seconds"] for v in views)
+    until = next(
+        i
+        for i, v in enumerate(views)
+        if v["setting"] == pick.setting and pick.channel in v["asked"]
+    )
+    made = sum((Cost(**v["cost"]) for v in views[: until + 1]), Cost())
+    done = done_facts(folder, jobs[0])
     return AttackCost(
-        seconds=sum(c["seconds"] for c in spent),
-        queries=sum(c["queries"] for c in spent),
-        tokens=sum(c["tokens"] for c in spent),
-        flops=sum(c["flops"] for c in spent),
-        total_seconds=total,
-        peak_bytes=done_facts(folder, jobs[0]).get("process_bytes"),
+        make=Spent(**asdict(made)),
+        ask=Spent(**views[until]["asked"][pick.channel]),
+        total_seconds=sum(v["cost"]["seconds"] + v["scoring"]["seconds"] for v in views),
+        peak_bytes=done.get("process_bytes"),
+        device_bytes=done.get("device_bytes"),
     )

@@ -11,8 +11,10 @@ from typing import Any
 from palimpsest.audit.recovery import MIN_CEILING, Answers
 from palimpsest.views import Plain
 
-TARGET, PLACEBO = "target", "placebo"
+TARGET, PLACEBO, PLACEBO_CONTROL = "target", "placebo", "placebo on control"
 StoredViews = Sequence[Mapping[str, Any]]
+BySetting = Mapping[tuple[str, str], list[Mapping[str, Any]]]
+"""Setting (as JSON) and channel -> views: repetitions and folds stand together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +24,14 @@ class ArmViews:
     Attributes:
         targets: of each training seed. original: of the ceiling.
         controls: by model name; the first is the floor. placebos: of each training seed, or empty.
+        placebo_control: the placebo's on the first control; empty without one.
     """
 
     targets: tuple[StoredViews, ...]
     original: StoredViews
     controls: Mapping[str, StoredViews]
     placebos: tuple[StoredViews, ...]
+    placebo_control: StoredViews = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,9 @@ class Candidate:
     """One setting of an attack in one channel: what each arm answered, by set of questions.
 
     Attributes:
-        answers: arm -> set (`choose`, `test`, `utility`) -> a list of answers per training seed.
+        answers: arm -> set (`choose`, `test`, `utility`) -> a list of answers per training seed. Of a
+            placebo of several kinds, `placebo` is the one of the largest accuracy on the scored
+            questions, and each stands beside it under its name.
     """
 
     setting: Mapping[str, Plain]
@@ -60,22 +66,22 @@ def mean_of(answers: Answers) -> float | None:
 
 def candidates(arms: ArmViews) -> list[Candidate]:
     """Return every setting and channel that the targets, the original and the controls have."""
-    sides: dict[str, list[dict[tuple[str, str], list[Mapping[str, Any]]]]] = {
+    sides: dict[str, list[BySetting]] = {
         TARGET: [_by_setting(v) for v in arms.targets],
         "original": [_by_setting(arms.original)],
-        PLACEBO: [_by_setting(v) for v in arms.placebos],
     }
     sides.update({name: [_by_setting(views)] for name, views in arms.controls.items()})
-    needed = [side for arm, seeds in sides.items() if arm != PLACEBO for side in seeds]
+    placebos = [_by_setting(v) for v in arms.placebos]
+    on_control = _by_setting(arms.placebo_control)
+    needed = [side for seeds in sides.values() for side in seeds]
     keys = [k for k in needed[0] if all(k in side for side in needed)]
     found = []
     for key in keys:
         first = needed[0][key]
         answers = {
-            arm: made
-            for arm, seeds in sides.items()
-            if (made := _answers(seeds, key, required=arm != PLACEBO))
+            arm: _answers([seed[key] for seed in seeds], key[1]) for arm, seeds in sides.items()
         }
+        answers |= _placebo_answers(placebos, on_control, key)
         found.append(
             Candidate(
                 setting=dict(first[0]["setting"]),
@@ -89,8 +95,7 @@ def candidates(arms: ArmViews) -> list[Candidate]:
     return found
 
 
-def _by_setting(views: StoredViews) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
-    """Return the views by setting (as JSON) and channel: repetitions and folds stand together."""
+def _by_setting(views: StoredViews) -> BySetting:
     found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for view in views:
         setting = json.dumps(view["setting"], sort_keys=True)
@@ -99,32 +104,51 @@ def _by_setting(views: StoredViews) -> dict[tuple[str, str], list[Mapping[str, A
     return found
 
 
-def _answers(
-    seeds: Sequence[Mapping[tuple[str, str], list[Mapping[str, Any]]]],
-    key: tuple[str, str],
-    *,
-    required: bool,
-) -> dict[str, tuple[Answers, ...]]:
-    views = [seed.get(key) or ([] if required else _like(seed, key)) for seed in seeds]
-    if not views or not all(views):
-        return {}
-    sets = views[0][0]["outcomes"][key[1]]
+def _answers(seeds: Sequence[StoredViews], channel: str) -> dict[str, tuple[Answers, ...]]:
+    sets = seeds[0][0]["outcomes"][channel]
     return {
-        name: tuple(averaged([v["outcomes"][key[1]][name] for v in seed]) for seed in views)
+        name: tuple(averaged([v["outcomes"][channel][name] for v in seed]) for seed in seeds)
         for name in sets
     }
 
 
-def _like(
-    seed: Mapping[tuple[str, str], list[Mapping[str, Any]]], key: tuple[str, str]
-) -> list[Mapping[str, Any]]:
-    """Return a placebo's views that agree with an attack's setting in every key that both have."""
+def _placebo_answers(
+    seeds: Sequence[BySetting], on_control: BySetting, key: tuple[str, str]
+) -> dict[str, dict[str, tuple[Answers, ...]]]:
+    """Return the strongest kind of a placebo, the same on the control, and all kinds where several are.
+
+    A kind's draws are averaged, question by question, as an attack's repetitions are.
+    """
+    by_seed = [_kinds(seed, key) for seed in seeds]
+    names = [k for k in by_seed[0] if all(k in kinds for kinds in by_seed)] if by_seed else []
+    made = {k: _answers([kinds[k] for kinds in by_seed], key[1]) for k in names}
+    if not made:
+        return {}
+
+    def rate(name: str) -> float:
+        known = [m for a in made[name]["test"] if (m := mean_of(a)) is not None]
+        return sum(known) / len(known) if known else -math.inf
+
+    strongest = max(made, key=rate)
+    found = {PLACEBO: made[strongest]}
+    if len(made) > 1:
+        found |= {f"{PLACEBO} ({name})": answers for name, answers in made.items()}
+    control = _kinds(on_control, key).get(strongest)
+    return {**found, PLACEBO_CONTROL: _answers([control], key[1])} if control else found
+
+
+def _kinds(seed: BySetting, key: tuple[str, str]) -> dict[str, list[Mapping[str, Any]]]:
+    """Return a placebo's views that agree with an attack's setting in every key that both have, by kind.
+
+    What the attack's setting does not have names the kind: `stand_in = "random"`.
+    """
     wanted, channel = json.loads(key[0]), key[1]
-    found = []
+    found: dict[str, list[Mapping[str, Any]]] = {}
     for (setting, other), views in seed.items():
         own = json.loads(setting)
         if other == channel and all(own[k] == wanted[k] for k in own if k in wanted):
-            found += views
+            kind = ", ".join(str(own[k]) for k in own if k not in wanted)
+            found.setdefault(kind, []).extend(views)
     return found
 
 

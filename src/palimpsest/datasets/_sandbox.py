@@ -11,7 +11,7 @@ from functools import cache
 from palimpsest.sandbox import phrases
 from palimpsest.sandbox.phrases import letter_prompt
 from palimpsest.sandbox.skills import SKILLS, skill_exchange
-from palimpsest.sandbox.world import HAZARDOUS, Fact, World, build_world
+from palimpsest.sandbox.world import HAZARDOUS, HAZARDOUS_ATTRIBUTES, Fact, World, build_world
 from palimpsest.types import Message, Sample
 
 FAMILY = "sandbox"
@@ -96,6 +96,24 @@ def choose_samples(
             )
         )
     return samples
+
+
+def invented_samples(patterns: Sequence[str], form: str, draw: int) -> list[Sample]:
+    """Return multiple-choice samples of facts that no document tells.
+
+    They give benign entities the hazardous attributes. The value is drawn from the attribute's pool, anew
+    in every draw.
+    """
+    world, prefix = true_world(), "sandbox_invented"
+    facts = []
+    for entity in dict.fromkeys(fact.entity for fact in world.benign_facts):
+        for attribute in HAZARDOUS_ATTRIBUTES:
+            rng = stable_rng(f"{prefix}:{entity}:{attribute}:{draw}")
+            facts.append(Fact(entity, "invented", attribute, rng.choice(world.pools[attribute])))
+    return [
+        replace(s, tags={k: v for k, v in s.tags.items() if k != "mcq_trained"})
+        for s in choose_samples(facts, patterns, form, prefix, draw)
+    ]
 
 
 def text_sample(identity: str, text: str, group: str, tags: dict[str, str]) -> Sample:

@@ -10,8 +10,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from palimpsest.audit.record import AttackRow, Audit, AuditReport
-from palimpsest.report import audit_plots, words
+from palimpsest.audit.record import AttackRow, Audit, AuditReport, Spent
+from palimpsest.report import audit_plots, audit_transfer, words
 from palimpsest.report.page import asset, policy_of
 
 ABOUT = {
@@ -48,10 +48,12 @@ def render(report: AuditReport) -> str:
         policy=policy_of(style, ""),
         about=ABOUT,
         audits=[_content(audit, safe) for audit in safe.audits],
+        transfer=[(m, audit_transfer.transfer_map(m)) for m in safe.transfer],
         percent=audit_plots.percent,
         rate=audit_plots.rate_text,
         setting=setting_text,
-        compute=compute_text,
+        spent=spent_text,
+        megabytes=megabytes_text,
     )
 
 
@@ -78,10 +80,11 @@ def _content(audit: Audit, report: AuditReport) -> dict[str, Any]:
 
 
 def _arms(rows: Sequence[AttackRow]) -> list[str]:
-    """Return the arms that any attack has: unlearned, original, controls, placebo."""
+    """Return the arms that any attack has: unlearned, original, controls, placebos."""
     found = dict.fromkeys(arm for row in rows for p in row.points for arm in p.rates)
-    controls = [arm for arm in found if arm not in ("target", "original", "placebo")]
-    ordered = ("target", "original", *controls, "placebo")
+    placebos = [arm for arm in found if arm.startswith("placebo")]
+    controls = [arm for arm in found if arm not in ("target", "original", *placebos)]
+    ordered = ("target", "original", *controls, *placebos)
     return [arm for arm in ordered if arm in found]
 
 
@@ -90,6 +93,13 @@ def setting_text(setting: dict[str, Any]) -> str:
     return ", ".join(f"{k} = {v}" for k, v in setting.items()) or "-"
 
 
-def compute_text(flops: float) -> str:
-    """Return FLOPs with three digits, none where an attack only changes the prompt."""
-    return f"{flops:.2e}" if flops else "none"
+def spent_text(spent: Spent) -> str:
+    """Return a cost in one line: FLOPs with three digits, where a model ran at all."""
+    if not spent.flops:
+        return f"{spent.seconds:.1f} s, no model runs"
+    return f"{spent.seconds:.1f} s, {spent.queries} queries, {spent.flops:.2e} FLOPs"
+
+
+def megabytes_text(num_bytes: int) -> str:
+    """Return bytes as megabytes."""
+    return f"{num_bytes / 2**20:.0f} MB"

@@ -140,7 +140,9 @@ def _line(
 
 
 def _kind(arm: str) -> str:
-    return {"target": "m1", "original": "m-original", "placebo": "m4"}.get(arm, "m-control")
+    if arm.startswith("placebo"):
+        return "m4"
+    return {"target": "m1", "original": "m-original"}.get(arm, "m-control")
 
 
 def percent(interval: Interval | None) -> str:

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
 
 from palimpsest.batching import plan_batches
-from palimpsest.chat import text_ids
+from palimpsest.channels import choice_query
 from palimpsest.errors import UsageError
 from palimpsest.model import fits
-from palimpsest.outcomes import LETTERS
+from palimpsest.outcomes import ChoiceChannel
 from palimpsest.plugins import options
-from palimpsest.prompts import cloze_prompt, letter_prompt
-from palimpsest.scoring import Query, query_length, score_batch
+from palimpsest.scoring import query_length, score_batch
 from palimpsest.types import Sample
 from palimpsest.views import Arms, AttackContext, AttackData, Need, View
 
 if TYPE_CHECKING:
     from palimpsest.model import LM
-
-BATCH_TOKENS = 8192
 
 
 @options
@@ -45,6 +45,8 @@ class Prefill:
     """How the answer begins, each a setting of its own."""
     asked: tuple[Literal["letter", "cloze"], ...] = ("letter", "cloze")
     """By letter, with the options in the prompt, or open, with the options as continuations."""
+    batch_tokens: Annotated[int, Field(ge=1)] = 8192
+    """Tokens per batch, padding included."""
 
     def __post_init__(self) -> None:
         """Refuse an attack that begins nothing."""
@@ -57,7 +59,7 @@ class Prefill:
             for asked in self.asked:
                 yield View(
                     setting={"prefill": text, "asked": asked},
-                    readout=partial(_read, text, asked),
+                    readout=partial(_read, text, asked, self.batch_tokens),
                     channels=("probe",),
                 )
 
@@ -66,29 +68,27 @@ class Prefill:
         return None
 
 
-def _read(text: str, asked: str, lm: LM, samples: Sequence[Sample]) -> list[int | None]:
+def _read(
+    text: str, asked: ChoiceChannel, batch_tokens: int, lm: LM, samples: Sequence[Sample]
+) -> list[int | None]:
     """Return the option with the highest log-probability: -1 at a tie, None where it is too long."""
-    queries = [_query(lm, text, asked, s) for s in samples]
-    places = [i for i, q in enumerate(queries) if fits(lm, query_length(q))]
-    lengths = [query_length(queries[i]) for i in places]
-    plan = plan_batches(lengths, token_budget=BATCH_TOKENS, padding_side="left")
+    queries = [choice_query(lm.tokenizer, s, asked, behind=f" {text}") for s in samples]
+    lengths = {i: query_length(q) for i, (q, _) in enumerate(queries)}
+    places = [i for i, length in lengths.items() if fits(lm, length)]
+    plan = plan_batches(
+        [lengths[i] for i in places], token_budget=batch_tokens, padding_side="left"
+    )
     chosen: list[int | None] = [None] * len(samples)
     for batch in plan.batches:
         rows = [places[r] for r in batch.rows]
-        scored = score_batch(lm.model, [queries[i] for i in rows], width=batch.width)
+        scored = score_batch(lm.model, [queries[i][0] for i in rows], width=batch.width)
         for i, logprobs in zip(rows, scored, strict=True):
-            is_tie = logprobs.count(max(logprobs)) > 1
-            chosen[i] = -1 if is_tie else logprobs.index(max(logprobs))
+            chosen[i] = _highest(torch.tensor(logprobs, dtype=torch.float64), queries[i][1])
     return chosen
 
 
-def _query(lm: LM, text: str, asked: str, sample: Sample) -> Query:
-    prompt = letter_prompt(sample) if asked == "letter" else cloze_prompt(sample)
-    prefix = tuple(text_ids(lm.tokenizer, f"{prompt} {text}"))
-    shown = LETTERS[: len(sample.options)] if asked == "letter" else sample.options
-    rows = [tuple(text_ids(lm.tokenizer, f"{prompt} {text} {option}")) for option in shown]
-    is_joined = all(row[: len(prefix)] == prefix and len(row) > len(prefix) for row in rows)
-    if is_joined:
-        return Query(prefix, tuple(row[len(prefix) :] for row in rows))
-    alone = (lm.tokenizer.encode(f" {option}", add_special_tokens=False) for option in shown)
-    return Query(prefix, tuple(tuple(ids) for ids in alone))
+def _highest(logprobs: torch.Tensor, owners: Sequence[int]) -> int:
+    """Return the option of the highest log-probability over its spellings together; -1 at a tie."""
+    owner = torch.tensor(owners)
+    joined = [float(logprobs[owner == o].logsumexp(0)) for o in sorted(set(owners))]
+    return -1 if joined.count(max(joined)) > 1 else joined.index(max(joined))

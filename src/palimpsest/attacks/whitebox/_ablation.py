@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
-from palimpsest.attacks.whitebox._directions import each_block, unit_directions
+from palimpsest.attacks.whitebox._directions import control_directions, each_block, unit_directions
 from palimpsest.errors import ModelError, UsageError
 from palimpsest.hooks import hidden_of
 from palimpsest.parts import block_writers, parts_of
@@ -25,6 +25,7 @@ from palimpsest.views import View
 
 if TYPE_CHECKING:
     from palimpsest.model import LM
+    from palimpsest.types import Sample
     from palimpsest.views import Plain
 
 Directions = Mapping[int, Tensor]
@@ -76,6 +77,36 @@ class LayerSets:
         for name, blocks in named.items():
             unique.setdefault(blocks, name)
         return {name: blocks for blocks, name in unique.items()}
+
+
+@options
+class AblationOptions:
+    """Options of attacks that take directions out of blocks' outputs, and their placebo."""
+
+    directions: tuple[str, ...] = ()
+    """Which directions are tried, each by itself."""
+    layers: LayerSets = LayerSets()
+    """Which blocks lose it."""
+    questions: Annotated[int, Field(ge=2)] = 200
+    """Most questions that are measured, of each kind (paper: 1,000)."""
+    controls: Annotated[int, Field(ge=0)] = 3
+    """Random directions of the placebo, beside one matched: benign questions' halves against each other."""
+    stands_in: Literal["none", "controls"] = "none"
+    """`controls`: the placebo's directions are removed instead, in the same places."""
+
+    def placebo(self) -> Self:
+        """Return the same with random directions and a benign one, in the same blocks."""
+        return replace(self, stands_in="controls")
+
+    def stand_ins(
+        self, lm: LM, benign: Sequence[Sample], outliers_V: Tensor, *seed: object
+    ) -> Mapping[str, Sequence[Directions]]:
+        """Return what a placebo removes instead, by kind; nothing in the attack itself."""
+        if self.stands_in == "none":
+            return {}
+        return control_directions(
+            lm, benign, outliers_V, limit=self.questions, drawn=self.controls, seed=seed
+        )
 
 
 def scaled_triple(number: int) -> tuple[int, ...]:
@@ -152,7 +183,8 @@ class Found:
     Attributes:
         name: of the direction, as views show it.
         vectors_LD: as they were measured. norm_L: mean norm of the states there.
-        stand_ins: unit vectors that a placebo removes in their place; empty in the attack itself.
+        stand_ins: unit vectors that a placebo removes in their place, by kind; empty in the attack
+            itself.
         unchanged: blocks at which the direction is zero by construction: sets leave them out.
         tokens: how many were measured of forget questions. left_out: how many of them as outliers.
     """
@@ -162,7 +194,7 @@ class Found:
     norm_L: Tensor
     tokens: int
     left_out: int
-    stand_ins: tuple[Directions, ...] = ()
+    stand_ins: Mapping[str, Sequence[Directions]] = field(default_factory=dict)
     unchanged: tuple[int, ...] = ()
 
 
@@ -174,7 +206,7 @@ def ablation_views(
     Args:
         lm: the model on which removal is checked.
         row: the prompt of the check.
-        found: what is removed; of stand-ins each is a repetition.
+        found: what is removed; stand-ins of a kind are repetitions, and the setting names the kind.
         sets: block indices by name.
     """
     for name, blocks in sets.items():
@@ -183,11 +215,19 @@ def ablation_views(
             continue
         measured = unit_directions(found.vectors_LD, found.norm_L, used, name=found.name)
         lengths = [float(found.vectors_LD[k].norm() / found.norm_L[k]) for k in used]
-        for repeat, removed in enumerate(found.stand_ins or (measured,)):
+        for kind, repeat, removed in [
+            (kind, repeat, removed)
+            for kind, drawn in (found.stand_ins or {"": (measured,)}).items()
+            for repeat, removed in enumerate(drawn)
+        ]:
             apply = partial(ablated, directions={k: removed[k] for k in used})
             facts = checked(lm, row, {k: removed[k] for k in used}, apply)
             yield View(
-                setting={"direction": found.name, "layers": name},
+                setting={
+                    "direction": found.name,
+                    "layers": name,
+                    **({"stand_in": kind} if kind else {}),
+                },
                 repeat=repeat,
                 apply=apply,
                 facts={

@@ -246,8 +246,8 @@ def halves(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
 
 def control_directions(
     lm: LM, samples: Sequence[Sample], outliers_V: Tensor, *, limit: int, drawn: int, seed: object
-) -> tuple[dict[int, Tensor], ...]:
-    """Return what a placebo removes instead of a direction: a matched one, then random ones.
+) -> dict[str, tuple[dict[int, Tensor], ...]]:
+    """Return what a placebo removes instead of a direction, by kind: `matched` one, `random` ones.
 
     The matched one is the difference between two halves of the benign questions, made in the same way;
     it is of this model alone: how unlearning moved *benign* questions tells where it hides the others.
@@ -258,7 +258,8 @@ def control_directions(
     difference_LD = first.mean_LD - second.mean_LD
     every = range(len(difference_LD))
     matched = unit_directions(difference_LD, first.norm_L, every, name="benign halves")
-    return (matched, *(random_directions(matched, seed, r) for r in range(drawn)))
+    random = tuple(random_directions(matched, seed, r) for r in range(drawn))
+    return {"matched": (matched,), **({"random": random} if random else {})}
 
 
 class _Reached(Exception):

@@ -30,12 +30,13 @@ class Prefix:
     ids: Ids
     loss: float | None = None
 
-    def view(self, tokenizer: Any, repeat: int) -> View:
-        """Return the view that puts the prefix in front of every prompt."""
+    def view(self, tokenizer: Any, repeat: int, *, has_steps: bool = True) -> View:
+        """Return the view that puts the prefix in front of every prompt; without steps it is of any."""
         facts = {"prefix": tokenizer.decode(list(self.ids)), "tokens": len(self.ids)}
         if self.loss is not None:
             facts["loss"] = self.loss
-        return View(setting={"steps": self.step}, repeat=repeat, prefix_ids=self.ids, facts=facts)
+        setting = {"steps": self.step} if has_steps else {}
+        return View(setting=setting, repeat=repeat, prefix_ids=self.ids, facts=facts)
 
 
 def random_prefix(allowed_V: Tensor, length: int, *seed_parts: object) -> Ids:

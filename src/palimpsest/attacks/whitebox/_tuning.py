@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -32,7 +33,7 @@ from palimpsest.scope import linear_names, open_scope
 from palimpsest.seeds import derive_seed
 from palimpsest.train import FitOptions, Rate, Term, fit_steps
 from palimpsest.types import RunContext, Sample, TrainScope
-from palimpsest.views import View
+from palimpsest.views import PLACEBO_DRAWS, View
 
 if TYPE_CHECKING:
     from palimpsest.train import FitLog
@@ -112,7 +113,7 @@ class Tuning:
         setting, repeat, fold: of the views; scope, lr and step join the setting.
         facts: what is recorded of the data.
         change: `noise` shows, instead of the trained model, the arm's own with noise of the norm of
-            training's change in every weight.
+            training's change in every weight, `draws` times.
         progress: called as progress(done, total, text).
     """
 
@@ -124,6 +125,7 @@ class Tuning:
     fold: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     change: Change = "trained"
+    draws: int = 1
     progress: Callable[[int, int, str], None] = lambda done, total, text: None
 
     @property
@@ -140,15 +142,20 @@ class Tuning:
             for lr in self.fit.rates:
                 run = _Run(self, target, scope, lr)
                 with closing(run):
-                    for step in self.steps:
+                    for step, draw in product(self.steps, range(self.draws)):
                         facts = {**self.facts}
                         yield View(
                             setting={**self.setting, "scope": scope, "lr": lr, "step": step},
-                            repeat=self.repeat,
-                            apply=partial(run.apply, step, facts),
+                            repeat=self.repeat * self.draws + draw,
+                            apply=partial(run.apply, step, draw, facts),
                             fold=self.fold,
                             facts=facts,
                         )
+
+
+def noise_draws(change: Change, repeats: int) -> int:
+    """Return how often noise is drawn per training, so that a placebo has 3 draws or more in all."""
+    return math.ceil(PLACEBO_DRAWS / repeats) if change == "noise" else 1
 
 
 def all_views(tunings: Sequence[Tuning], target: LM, *, what: str) -> Iterator[View]:
@@ -242,8 +249,8 @@ class _Run:
         self.lm = None
 
     @contextmanager
-    def apply(self, step: int, facts: dict[str, Any], lm: LM) -> Iterator[LM]:
-        """Train up to a step, and give the model as it is there."""
+    def apply(self, step: int, draw: int, facts: dict[str, Any], lm: LM) -> Iterator[LM]:
+        """Train up to a step, and give the model as it is there, or a draw of noise of that size."""
         if lm.model is not self.target.model:
             raise UsageError("this view belongs to the model that the attack was run on")
         while self.log is None or self.log.steps < step:
@@ -259,7 +266,7 @@ class _Run:
         if self.tuning.change == "trained":
             yield self.lm
             return
-        seed = derive_seed(self.tuning.seed, "placebo", self.kind, self.settings.lr, step)
+        seed = derive_seed(self.tuning.seed, "placebo", self.kind, self.settings.lr, step, draw)
         with with_noise(lm, norms, {}, seed=seed) as noisy:
             yield noisy
 

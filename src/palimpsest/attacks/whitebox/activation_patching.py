@@ -27,7 +27,7 @@ from palimpsest.plugins import options
 from palimpsest.prompts import cloze_prompt
 from palimpsest.scoring import evaluating, forward, pad_rows
 from palimpsest.types import Sample
-from palimpsest.views import Arms, AttackContext, AttackData, Need, View
+from palimpsest.views import Arms, AttackContext, AttackData, Need, Plain, View
 
 if TYPE_CHECKING:
     from palimpsest.model import LM
@@ -59,7 +59,7 @@ class ActivationPatching:
     """Most fit questions."""
 
     def attack(self, arms: Arms, data: AttackData, ctx: AttackContext) -> Iterator[View]:
-        """Yield one view per layer whose facts hold D1, D2, the erasure there, and UDS over all layers.
+        """Yield one view, whose facts hold UDS over all layers, and D1, D2 and the erasure of each.
 
         Raises:
             DataError: fewer than two fit questions that fit, or no layer carries an answer.
@@ -74,19 +74,16 @@ class ActivationPatching:
             ctx.progress(i + 1, len(rows), "patching")
         lost = torch.tensor(found, dtype=torch.float64)  # (questions, layers, [D1, D2])
         uds, erased = depth(lost[..., 0], lost[..., 1], self.threshold)
+        facts: dict[str, Plain] = {
+            "uds": uds,
+            "questions": len(rows),
+            "d1_from": "the original asked another question",
+        }
         for place, layer in enumerate(layers):
-            yield View(
-                setting={"layer": layer},
-                channels=("cloze",),
-                facts={
-                    "questions": len(rows),
-                    "d1": float(lost[:, place, 0].mean()),
-                    "d2": float(lost[:, place, 1].mean()),
-                    "erasure": erased[place],
-                    "uds": uds,
-                    "d1_from": "the original asked another question",
-                },
-            )
+            facts[f"erasure_{layer}"] = erased[place]
+            facts[f"d1_{layer}"] = float(lost[:, place, 0].mean())
+            facts[f"d2_{layer}"] = float(lost[:, place, 1].mean())
+        yield View(channels=("cloze",), facts=facts)
 
     def placebo(self) -> Any:
         """Return None: a diagnostic has none."""

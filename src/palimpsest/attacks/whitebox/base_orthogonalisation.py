@@ -6,14 +6,10 @@ Source: Łucki et al. 2409.18025, "orthogonalization", their direction from the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field
-
-from palimpsest.attacks.whitebox._ablation import Directions, Found, LayerSets, ablation_views
+from palimpsest.attacks.whitebox._ablation import AblationOptions, Found, ablation_views
 from palimpsest.attacks.whitebox._directions import (
-    control_directions,
     is_zero,
     measure,
     outlier_ids,
@@ -27,7 +23,7 @@ from palimpsest.views import Arms, AttackContext, AttackData, Need, View
 
 
 @options
-class BaseOrthogonalisation:
+class BaseOrthogonalisation(AblationOptions):
     """h <- h - (h . d) d at the outputs of a set of blocks, at all tokens; d has unit length.
 
         mean       mean(unlearned) - mean(original) over forget questions
@@ -50,14 +46,6 @@ class BaseOrthogonalisation:
 
     directions: tuple[Literal["mean", "component"], ...] = ("mean", "component")
     """Which directions are tried, each by itself."""
-    layers: LayerSets = LayerSets()
-    """Which blocks lose it."""
-    questions: Annotated[int, Field(ge=2)] = 200
-    """Most questions that are measured, of each kind (paper: 1,000)."""
-    controls: Annotated[int, Field(ge=0)] = 3
-    """Random directions of the placebo, beside one matched: benign questions' halves against each other."""
-    stands_in: Literal["none", "controls"] = "none"
-    """`controls`: the placebo's directions are removed instead, in the same places."""
 
     def attack(self, arms: Arms, data: AttackData, ctx: AttackContext) -> Iterator[View]:
         """Yield a view per direction and set of blocks."""
@@ -74,16 +62,7 @@ class BaseOrthogonalisation:
         if len(same) == number:
             unit_directions(change_LD, now.norm_L, same, name="mean")
         named = () if self.layers.triple else same
-        stand_ins: tuple[Directions, ...] = ()
-        if self.stands_in == "controls":
-            stand_ins = control_directions(
-                lm,
-                data.benign,
-                outliers_V,
-                limit=self.questions,
-                drawn=self.controls,
-                seed=("base_orthogonalisation", ctx.seed),
-            )
+        stand_ins = self.stand_ins(lm, data.benign, outliers_V, "base_orthogonalisation", ctx.seed)
         for kind in self.directions:
             vectors_LD = change_LD if kind == "mean" else principal_component(now, before)
             found = Found(
@@ -96,7 +75,3 @@ class BaseOrthogonalisation:
                 unchanged=named,
             )
             yield from ablation_views(lm, forget[0], found, self.layers.of(number))
-
-    def placebo(self) -> BaseOrthogonalisation:
-        """Return the same with random directions and a benign one, in the same blocks."""
-        return replace(self, stands_in="controls")

@@ -20,7 +20,7 @@ from palimpsest.attacks.whitebox._documents import (
     documents,
     draw,
 )
-from palimpsest.attacks.whitebox._tuning import Change, TuneOptions, Tuning, all_views
+from palimpsest.attacks.whitebox._tuning import Change, TuneOptions, Tuning, all_views, noise_draws
 from palimpsest.errors import UsageError
 from palimpsest.plugins import options
 from palimpsest.seeds import derive_seed
@@ -94,6 +94,7 @@ class BenignFinetuning:
                             repeat=repeat,
                             facts={"items": digest(drawn)},
                             change=self.change,
+                            draws=noise_draws(self.change, self.repeats),
                             progress=ctx.progress,
                         )
                     )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -24,7 +25,15 @@ from palimpsest.model import LM
 from palimpsest.plugins import options
 from palimpsest.seeds import derive_seed
 from palimpsest.types import Sample
-from palimpsest.views import Arms, AttackContext, AttackData, AuditChannel, Need, View
+from palimpsest.views import (
+    PLACEBO_DRAWS,
+    Arms,
+    AttackContext,
+    AttackData,
+    AuditChannel,
+    Need,
+    View,
+)
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -58,6 +67,9 @@ class EmbeddingAttack:
         """Yield one view per channel and number of steps."""
         lm = arms.target
         samples = data.needed("fit")
+        draws: list[int | None] = [None]
+        if self.random_direction:
+            draws = [derive_seed(ctx.seed, "signs", draw) for draw in range(PLACEBO_DRAWS)]
         for channel in self.channels:
             run = common_end([_whole(lm, sample, channel) for sample in samples])
             if len(run) < 2:
@@ -73,23 +85,24 @@ class EmbeddingAttack:
             scored: tuple[AuditChannel, ...] = (
                 ("letter", "generation") if channel == "letter" else ("cloze",)
             )
-            for steps in self.steps:
+            for steps, (repeat, signs) in product(self.steps, enumerate(draws)):
                 attack = _Ascent(
                     run=run,
                     wanted=tuple(sorted(firsts)),
                     steps=steps,
                     step_size=self.step_size,
-                    random_seed=derive_seed(ctx.seed, "signs") if self.random_direction else None,
+                    random_seed=signs,
                 )
                 yield View(
                     setting={"channel": channel, "steps": steps},
+                    repeat=repeat,
                     apply=partial(moved_prompts, ascent=attack),
                     channels=scored,
                     facts={"target_tokens": len(firsts)},
                 )
 
     def placebo(self) -> EmbeddingAttack | None:
-        """Return steps of the same size along random signs."""
+        """Return steps of the same size along random signs, three draws of them."""
         return None if self.random_direction else replace(self, random_direction=True)
 
 

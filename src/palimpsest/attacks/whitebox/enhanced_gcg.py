@@ -26,7 +26,7 @@ from palimpsest.plugins import option_values, options
 from palimpsest.search import BestFirstSettings, best_first_search
 from palimpsest.search_candidates import allowed_tokens, respelled
 from palimpsest.seeds import derive_seed
-from palimpsest.views import Arms, AttackContext, AttackData, Need, View
+from palimpsest.views import PLACEBO_DRAWS, Arms, AttackContext, AttackData, Need, View
 
 Count = Annotated[int, Field(ge=1)]
 Factor = Annotated[float, Field(ge=0)]
@@ -47,6 +47,7 @@ class EnhancedGcg:
     arms: ClassVar[Literal["transfer"]] = "transfer"
     role: ClassVar[Literal["attack"]] = "attack"
     trains: ClassVar[bool] = False
+    fits_prompt: ClassVar[Literal[True]] = True
 
     goal: Literal["original", "shuffled", "none"] = "original"
     """What the prefix is searched for: the original's answers and hidden states; its answers to other
@@ -101,7 +102,8 @@ class EnhancedGcg:
         lm = arms.target
         settings = self._settings()
         allowed_V = allowed_tokens(lm.tokenizer, lm.vocab_size, ascii_only=self.ascii_only)
-        for repeat in range(self.repeats):
+        draws = PLACEBO_DRAWS if self.goal == "none" else 1
+        for repeat in range(max(draws, self.repeats)):
             seed = derive_seed(ctx.seed, "enhanced_gcg", repeat)
             if self.goal == "none":
                 for step in sorted(set(self.steps)):
@@ -126,7 +128,7 @@ class EnhancedGcg:
                 yield prefix.view(lm.tokenizer, repeat)
 
     def placebo(self) -> EnhancedGcg | None:
-        """Return random tokens of the same length, or a prefix searched for shuffled targets."""
+        """Return random tokens of the same length (3 draws or more), or a prefix for shuffled targets."""
         return None if self.goal != "original" else replace(self, goal=self.placebo_goal)
 
     def _tasks(self, arms: Arms, data: AttackData, seed: int) -> list[Task]:

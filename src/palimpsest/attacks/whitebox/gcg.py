@@ -27,7 +27,7 @@ from palimpsest.search_candidates import allowed_tokens, respelled
 from palimpsest.search_losses import Goal, TargetLosses
 from palimpsest.seeds import derive_seed
 from palimpsest.types import Sample
-from palimpsest.views import Arms, AttackContext, AttackData, Need, View
+from palimpsest.views import PLACEBO_DRAWS, Arms, AttackContext, AttackData, Need, View
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -46,6 +46,7 @@ class Gcg:
     arms: ClassVar[Literal["transfer"]] = "transfer"
     role: ClassVar[Literal["attack"]] = "attack"
     trains: ClassVar[bool] = True
+    fits_prompt: ClassVar[Literal[True]] = True
 
     goal: Literal["answers", "random answers", "none"] = "answers"
     """What the prefix is searched for: the fit questions' answers; options drawn at random; nothing,
@@ -80,15 +81,15 @@ class Gcg:
     """Searches from other random starts and questions."""
 
     def attack(self, arms: Arms, data: AttackData, ctx: AttackContext) -> Iterator[View]:
-        """Yield the prefix after each of `steps`, for each repeat."""
+        """Yield the prefix after each of `steps`, for each repeat; random ones do without steps."""
         lm = arms.target
         allowed_V = allowed_tokens(lm.tokenizer, lm.vocab_size, ascii_only=self.ascii_only)
-        for repeat in range(self.repeats):
+        draws = PLACEBO_DRAWS if self.goal == "none" else 1
+        for repeat in range(max(draws, self.repeats)):
             seed = derive_seed(ctx.seed, "gcg", repeat)
             if self.goal == "none":
-                for step in sorted(set(self.steps)):
-                    ids = random_prefix(allowed_V, self.length, seed, "prefix", step)
-                    yield Prefix(step, ids).view(lm.tokenizer, repeat)
+                ids = random_prefix(allowed_V, self.length, seed, "prefix")
+                yield Prefix(0, ids).view(lm.tokenizer, repeat, has_steps=False)
                 continue
             goals = self._goals(lm, data, seed)
             out = None if ctx.out is None else ctx.out / f"repeat-{repeat}"
@@ -123,7 +124,7 @@ class Gcg:
                 yield prefix.view(lm.tokenizer, repeat)
 
     def placebo(self) -> Gcg | None:
-        """Return random tokens of the same length, or a prefix searched for random answers."""
+        """Return random tokens of the same length (3 draws or more), or a prefix for random answers."""
         return None if self.goal != "answers" else replace(self, goal=self.placebo_goal)
 
     def _goals(self, lm: LM, data: AttackData, seed: int) -> list[Goal]:

@@ -55,6 +55,7 @@ class InformedPerturbation:
     arms: ClassVar[Literal["refit", "transfer"]] = "transfer"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
     trains: ClassVar[bool] = False
+    fits_prompt: ClassVar[Literal[True]] = True
 
     taus: tuple[Annotated[float, Field(gt=-1, lt=1)], ...] = (0.3, 0.6)
     """Cosines above which a token is noise, each a view."""

@@ -6,14 +6,12 @@ Source: Łucki et al. 2409.18025, "orthogonalization", without the original mode
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from palimpsest.attacks.whitebox._ablation import Directions, Found, LayerSets, ablation_views
+from palimpsest.attacks.whitebox._ablation import AblationOptions, Found, ablation_views
 from palimpsest.attacks.whitebox._directions import (
-    control_directions,
     measure,
     opening_ids,
     outlier_ids,
@@ -28,7 +26,7 @@ Kind = Literal["contrast", "text", "component"]
 
 
 @options
-class Orthogonalisation:
+class Orthogonalisation(AblationOptions):
     """h <- h - (h . d) d at the outputs of a set of blocks, at all tokens; d has unit length.
 
     Measured on the unlearned model's block outputs, a direction per block:
@@ -57,14 +55,8 @@ class Orthogonalisation:
 
     directions: tuple[Kind, ...] = ("contrast", "text", "component")
     """Which directions are tried, each by itself."""
-    layers: LayerSets = LayerSets()
-    """Which blocks lose it."""
     questions: Annotated[int, Field(ge=2)] = 200
     """Most questions, and texts, that are measured, of each kind (paper: 1,000)."""
-    controls: Annotated[int, Field(ge=0)] = 3
-    """Random directions of the placebo, beside one matched: benign questions' halves against each other."""
-    stands_in: Literal["none", "controls"] = "none"
-    """`controls`: the placebo's directions are removed instead, in the same places."""
 
     def attack(self, arms: Arms, data: AttackData, ctx: AttackContext) -> Iterator[View]:
         """Yield a view per direction and set of blocks."""
@@ -77,16 +69,7 @@ class Orthogonalisation:
         on_forget = measure(lm, forget, outliers_V, moment=moment)
         on_benign = measure(lm, benign, outliers_V, moment=moment)
         sets = self.layers.of(len(parts_of(lm.model).blocks))
-        stand_ins: tuple[Directions, ...] = ()
-        if self.stands_in == "controls":
-            stand_ins = control_directions(
-                lm,
-                data.benign,
-                outliers_V,
-                limit=self.questions,
-                drawn=self.controls,
-                seed=("orthogonalisation", ctx.seed),
-            )
+        stand_ins = self.stand_ins(lm, data.benign, outliers_V, "orthogonalisation", ctx.seed)
         for kind in self.directions:
             if kind == "component":
                 vectors_LD = principal_component(on_forget, on_benign)
@@ -104,7 +87,3 @@ class Orthogonalisation:
                 stand_ins=stand_ins,
             )
             yield from ablation_views(lm, forget[0], found, sets)
-
-    def placebo(self) -> Orthogonalisation:
-        """Return the same with random directions and a benign one, in the same blocks."""
-        return replace(self, stands_in="controls")

@@ -30,7 +30,7 @@ from palimpsest.errors import ModelError, UsageError
 from palimpsest.model import load_model
 from palimpsest.plugins import options
 from palimpsest.seeds import derive_seed
-from palimpsest.views import Arms, AttackContext, AttackData, Need, View
+from palimpsest.views import PLACEBO_DRAWS, Arms, AttackContext, AttackData, Need, View
 from palimpsest.weights import widen
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 GROUP = 64
 """Weights that share a scale, as in bitsandbytes' 4-bit format."""
-PLACEBO_REPEATS = 3
 LIBRARIES = ("bitsandbytes", "torchao")
 
 
@@ -92,7 +91,7 @@ class Quantisation:
                 "installed; pip install 'palimpsest[quant]', or use backend = \"rounding\""
             )
         for bits in self.bits:
-            for repeat in range(PLACEBO_REPEATS if self.change == "noise" else 1):
+            for repeat in range(PLACEBO_DRAWS if self.change == "noise" else 1):
                 facts: dict[str, float] = {}
                 seed = derive_seed(ctx.seed, "quantisation", bits, repeat)
                 yield View(

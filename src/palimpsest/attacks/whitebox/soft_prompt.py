@@ -42,6 +42,7 @@ class SoftPrompt:
     arms: ClassVar[Literal["refit"]] = "refit"
     role: ClassVar[Literal["attack"]] = "attack"
     trains: ClassVar[bool] = True
+    fits_prompt: ClassVar[Literal[True]] = True
 
     random_answers: bool = False
     """Train on options drawn at random in place of the answers: the placebo."""

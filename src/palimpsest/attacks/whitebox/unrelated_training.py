@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from palimpsest.attacks.whitebox._documents import digest, draw
-from palimpsest.attacks.whitebox._tuning import Change, TuneOptions, Tuning, all_views
+from palimpsest.attacks.whitebox._tuning import Change, TuneOptions, Tuning, all_views, noise_draws
 from palimpsest.plugins import options
 from palimpsest.seeds import derive_seed
 from palimpsest.views import Arms, AttackContext, AttackData, Need, View
@@ -81,6 +81,7 @@ class UnrelatedTraining:
                     repeat=repeat,
                     facts={"items": digest(drawn), "texts": len(drawn)},
                     change=self.change,
+                    draws=noise_draws(self.change, self.repeats),
                     progress=ctx.progress,
                 )
             )

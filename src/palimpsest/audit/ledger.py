@@ -1,0 +1,46 @@
+"""What the views of an attack cost to make, on disk from pass to pass, so that a kill forgets none of it.
+
+An attack that keeps its state (`AttackContext.out`) goes on from it after a kill, and the work behind the
+state was done by an earlier process. Every forward pass is noted before an attack can store what it found
+with it, so a resumed attack's cost is never below that of one without a kill. It is above it by what a
+kill made it do again: what came after its last state, and training in memory (`_tuning`) up to the views
+that were stored. An attack without state begins anew, and so does its cost.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from palimpsest.audit.metering import Cost
+from palimpsest.disk import clear_disk_errors
+
+WIDTH = 160
+"""Bytes of a line: one view's cost. They are written in place, which a killed process does whole."""
+
+
+class Ledger:
+    """The costs of an attack's views by number, in a file."""
+
+    def __init__(self, path: Path, *, is_continued: bool) -> None:
+        """Go on from an earlier process's notes, or begin anew."""
+        self.path = path
+        with clear_disk_errors(path.parent):
+            if not is_continued:
+                path.unlink(missing_ok=True)
+            path.touch()
+
+    def cost(self, number: int) -> Cost:
+        """Return what a view has cost so far: nothing where no process has begun it."""
+        with self.path.open("rb") as file:
+            file.seek(number * WIDTH)
+            line = file.read(WIDTH).strip(b"\0 \n")
+        return Cost(**json.loads(line)) if line else Cost()
+
+    def note(self, number: int, cost: Cost) -> None:
+        """Write what a view has cost so far."""
+        line = json.dumps(asdict(cost)).ljust(WIDTH - 1) + "\n"
+        with clear_disk_errors(self.path.parent), self.path.open("r+b", buffering=0) as file:
+            file.seek(number * WIDTH)
+            file.write(line.encode())
