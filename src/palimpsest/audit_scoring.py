@@ -21,11 +21,13 @@ from palimpsest.outcomes import ChoiceChannel, choice_outcomes
 from palimpsest.prompts import letter_prompt
 from palimpsest.scoring import Query, query_length, score_batch
 from palimpsest.types import Response, Sample
-from palimpsest.views import AuditChannel, View, without_key
+from palimpsest.views import AuditChannel, View, as_it_is, without_key
 
 if TYPE_CHECKING:
     from palimpsest.model import LM
 
+MIN_SHARED = 64
+"""Shots and fillers of so many tokens run once for a whole batch."""
 NEW_TOKENS = 4
 """Length of a generated answer: a letter, and enough behind it to see that it is one."""
 
@@ -121,12 +123,27 @@ def _scored(
     plan = plan_batches(
         [query_length(made[i][1]) for i in fitting], token_budget=batch_tokens, padding_side="left"
     )
+    shared = _num_shared([made[i][1].prefix for i in fitting]) if view.apply is as_it_is else 0
     for batch in plan.batches:
         rows = [fitting[r] for r in batch.rows]
-        scored = score_batch(lm.model, [made[i][1] for i in rows], width=batch.width)
+        queries = [made[i][1] for i in rows]
+        scored = score_batch(lm.model, queries, width=batch.width, shared=shared)
         for i, logprobs in zip(rows, scored, strict=True):
             responses[i] = _response(asked[i], made[i][1], made[i][2], logprobs, channel)
     return [responses[i] for i in range(len(asked))]
+
+
+def _num_shared(prefixes: Sequence[tuple[int, ...]]) -> int:
+    """Return how many first tokens all prefixes have in common, each with one more; 0 if they are few.
+
+    Only views that leave the model as it is ask: a hook may go by a token's place in the forward pass.
+    """
+    least, most = min(prefixes, default=()), max(prefixes, default=())
+    same = next(
+        (i for i, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least)
+    )
+    shared = min(same, min(map(len, prefixes), default=1) - 1)
+    return shared if shared >= MIN_SHARED else 0
 
 
 def _response(

@@ -278,11 +278,14 @@ def sandbox_bilingual(
     seed: Annotated[int, typer.Option(help="Seed of documents and order.")] = 0,
 ) -> None:
     """Make copies that also understand the second language (by default of original and counterfactual)."""
-    from palimpsest.sandbox.bilingual import make_bilingual
+    from palimpsest.sandbox.bilingual import check_start, make_bilingual
     from palimpsest.sandbox.card import table
     from palimpsest.terminal import stage_progress
 
-    for name in names or ["original", "counterfactual"]:
+    names = names or ["original", "counterfactual"]
+    for name in names:
+        check_start(name)
+    for name in names:
         with stage_progress() as progress:
             figures = make_bilingual(name, out=out / name, seed=seed, progress=progress)
         print(f"{out / name}\n{table(figures)}")

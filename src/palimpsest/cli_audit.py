@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palimpsest.cli_options import AllowCode, Json, Sets, print_json, with_default
-from palimpsest.errors import RecipeError, StoreError, UsageError
+from palimpsest.cli_options import AllowCode, Json, print_json, with_default
+from palimpsest.errors import PalimpsestError, RecipeError, StoreError, UsageError
 
 if TYPE_CHECKING:
     from palimpsest.audit.recipe import AuditRecipe
@@ -27,10 +27,14 @@ Controls = Annotated[
 ]
 Attacks = Annotated[
     list[str] | None,
-    typer.Option(help="Only this attack, with its default options. May be repeated."),
+    typer.Option(help="Only this attack, in place of a tier's, default options. May be repeated."),
 ]
 Matrix = Annotated[
-    bool, typer.Option(help="Try prompts fitted on one unlearned model on all others.")
+    bool | None, typer.Option(help="Try prompts fitted on one unlearned model on all others.")
+]
+AuditSets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override: key=value, e.g. audit.utility_limit=50"),
 ]
 KeepWeights = Annotated[
     bool, typer.Option(help="Keep the weights that attacks made (they know again).")
@@ -58,14 +62,16 @@ def audit(
         str | None,
         typer.Option(help="Data set of invented facts: the floor where no control model exists."),
     ] = None,
-    name: Annotated[str, typer.Option(help="What the report calls the method.")] = "unlearned",
+    name: Annotated[
+        str | None, typer.Option(help="What the report calls the method (unlearned).")
+    ] = None,
     tier: Annotated[str | None, typer.Option(help="quick, standard, paper, none.")] = None,
     attack: Attacks = None,
     delta: Annotated[float | None, typer.Option(help="Margin of the verdict (.15).")] = None,
     seed: Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")] = None,
     limit: Annotated[int | None, typer.Option(help="Score only N questions.")] = None,
-    transfer_matrix: Matrix = False,
-    sets: Sets = None,
+    transfer_matrix: Matrix = None,
+    sets: AuditSets = None,
     keep_weights: KeepWeights = False,
     as_json: Json = False,
     allow_code: AllowCode = False,
@@ -79,18 +85,15 @@ def audit(
     from palimpsest.terminal_audit import AuditBars, print_audit, print_audit_plan
 
     changes = {"tier": tier, "delta": delta, "seed": seed, "limit": limit}
-    changes["transfer_matrix"] = transfer_matrix or None
-    if control and invented:
-        raise UsageError(
-            "--control and --invented both name the floor; with a control model invented facts have no "
-            "effect: give one of them"
-        )
+    changes["transfer_matrix"] = transfer_matrix
+    _check_options(control, invented, attack, tier)
     loaded = _recipe(
         *(recipe, models or [], original, control or [], invented, name),
         *(attack or [], changes, sets or []),
     )
     if plan:
-        print_audit_plan(plan_audit(loaded, allow_code=allow_code), as_json=as_json)
+        planned = plan_audit(loaded, allow_code=allow_code, keep_weights=keep_weights)
+        print_audit_plan(planned, out, as_json=as_json)
         return
     transformers_logging.disable_progress_bar()  # ours says what happens
     with AuditBars() as watcher:
@@ -138,13 +141,29 @@ def calibrate(
     print_json(found.model_dump(mode="json")) if as_json else print(markdown(found), end="")
 
 
+def _check_options(
+    controls: list[str] | None, invented: str | None, attacks: list[str] | None, tier: str | None
+) -> None:
+    """Raise UsageError where one option would leave another without effect."""
+    if controls and invented:
+        raise UsageError(
+            "--control and --invented both name the floor; with a control model invented facts have no "
+            "effect: give one of them"
+        )
+    if attacks and tier not in (None, "none"):
+        raise UsageError(
+            f"--attack runs the attacks that it names and no tier's, so --tier {tier} has no effect: "
+            "give one of them, or a recipe with both"
+        )
+
+
 def _recipe(
     name: str | None,
     models: list[str],
     original: str | None,
     controls: list[str],
     invented: str | None,
-    label: str,
+    label: str | None,
     attacks: list[str],
     changes: dict[str, Any],
     sets: list[str],
@@ -184,6 +203,11 @@ def _recipe(
     if models:
         given[:] = [m for m in given if m.get("role") in ("original", "control")]
         given += _named(models, label)
+    elif label is not None:
+        raise UsageError(
+            f"--name {label} names models on the command line, and there is none: give one, or name the "
+            "recipe's [[models]] there"
+        )
     if attacks:
         data["attacks"] = [{"use": a} for a in attacks]
         changes = changes | {"tier": "none"}
@@ -193,20 +217,54 @@ def _recipe(
     return make_audit_recipe(data)
 
 
-def _named(models: list[str], label: str) -> list[dict[str, str]]:
-    """Return models with names: `npo=PATH` has one; the others are training seeds of `label`."""
+def _named(models: list[str], label: str | None) -> list[dict[str, str]]:
+    """Return models with names: `npo=PATH` has one; the others are training seeds of `label`.
+
+    Raises:
+        UsageError: the label is of no model, or of some that have it as their own name, too.
+    """
+    named = {model: part for model in models if (part := _split(model))}
+    unnamed = [model for model in models if model not in named]
+    if label is not None and not unnamed:
+        raise UsageError(
+            f"--name {label} has no effect: every model has a name of its own (NAME=MODEL)"
+        )
+    label = label or "unlearned"
+    taken = [model for model, (name, _) in named.items() if name.split("@", 1)[0] == label]
+    if taken and unnamed:
+        raise UsageError(
+            f"{taken[0]} has the name that {unnamed[0]} gets ({label}): --name gives the models without "
+            f"NAME= another; training seeds of one method are {label}@0=MODEL {label}@1=MODEL"
+        )
+    numbered = [label] if len(unnamed) == 1 else [f"{label}@{i}" for i in range(len(unnamed))]
+    rest = iter(numbered)
+    return [
+        {"name": named[m][0], "source": named[m][1]}
+        if m in named
+        else {"name": next(rest), "source": m}
+        for m in models
+    ]
+
+
+def _split(model: str) -> tuple[str, str] | None:
+    """Return name and model of `NAME=MODEL`; None for what is a folder, or has no name.
+
+    Raises:
+        UsageError: neither the whole nor what is behind the `=` is a model.
+    """
+    from palimpsest.checkpoint import local_folder
     from palimpsest.recipe import NAME
 
-    parts = [m.partition("=") for m in models]
-    has_name = [bool(p[2] and NAME.fullmatch(p[0].replace("@", "."))) for p in parts]
-    number = iter(range(has_name.count(False)))
-    alone = has_name.count(False) == 1
-    return [
-        {"name": p[0], "source": p[2]}
-        if is_named
-        else {"name": label if alone else f"{label}@{next(number)}", "source": model}
-        for model, p, is_named in zip(models, parts, has_name, strict=True)
-    ]
+    name, _, source = model.partition("=")
+    if Path(model).expanduser().exists() or not (source and NAME.fullmatch(name.replace("@", "."))):
+        return None
+    try:
+        local_folder(source)
+    except PalimpsestError as error:
+        raise UsageError(
+            f"there is no {model!r}, so it was read as {name} = {source}: {error}"
+        ) from error
+    return name, source
 
 
 def rewrite_page(folder: Path) -> Path:

@@ -52,7 +52,7 @@ def query_length(query: Query) -> int:
 
 
 def score_batch(
-    lm_or_model: Any, queries: Sequence[Query], *, width: int
+    lm_or_model: Any, queries: Sequence[Query], *, width: int, shared: int = 0
 ) -> list[tuple[float, ...]]:
     """Return log p(continuation | prefix) in nats, summed over tokens, per query and continuation.
 
@@ -60,12 +60,14 @@ def score_batch(
         lm_or_model: an `LM` or a transformers model.
         queries: one batch.
         width: tokens to which rows are padded: at least every `query_length`.
+        shared: so many first tokens are the same in all prefixes (solved examples, filler): they run once,
+            where the model's cache can be repeated; fewer than every prefix has.
 
     Raises:
         ModelError: an empty prefix or continuation, a row wider than `width` or than the context,
             or a model whose logits are NaN.
     """
-    scored = _score(lm_or_model, queries, width, with_greedy=False)
+    scored = _score(lm_or_model, queries, width, with_greedy=False, shared=shared)
     return [tuple(logprob for logprob, _ in row) for row in scored]
 
 
@@ -77,18 +79,27 @@ def score_greedy_batch(
 
 
 def _score(
-    lm_or_model: Any, queries: Sequence[Query], width: int, *, with_greedy: bool
+    lm_or_model: Any,
+    queries: Sequence[Query],
+    width: int,
+    *,
+    with_greedy: bool,
+    shared: int = 0,
 ) -> list[tuple[tuple[float, bool], ...]]:
     """Return log-probability and greedy flag (False unless asked for) of every continuation."""
     model = unwrap(lm_or_model)
-    _check_queries(model, queries, width)
+    _check_queries(model, queries, width, shared)
     # The prefixes' own width: a long prefix may stand beside another one's long continuation.
     reserved = max(len(c) for q in queries for c in q.continuations)
     prefix_width = max(width - reserved, *(len(q.prefix) for q in queries))
     prefix = pad_rows([q.prefix for q in queries], prefix_width, "left", input_device(model))
     many = [(b, c) for b, q in enumerate(queries) for c in q.continuations if len(c) > 1]
     with evaluating(model):
-        out = forward(model, prefix, use_cache=bool(many), keep=1)
+        out = None
+        if shared:
+            prefix, out = _run_behind(model, queries, prefix, shared)
+        if out is None:
+            out = forward(model, prefix, use_cache=bool(many), keep=1)
         first_BV = _log_softmax(out.logits[:, -1])
         cache = getattr(out, "past_key_values", None)
         if not many:
@@ -220,12 +231,47 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _check_queries(model: Any, queries: Sequence[Query], width: int) -> None:
+def _run_behind(
+    model: Any, queries: Sequence[Query], prefix: Padded, shared: int
+) -> tuple[Padded, Any]:
+    """Run the shared tokens once and the rest of every prefix behind them; return rows and output.
+
+    The padding stands between the two. None where that cannot be done: a cache that cannot be repeated
+    or has a sliding window (it counts places, padding too), or a model that takes no positions.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    device = prefix.ids_BT.device
+    once = pad_rows([queries[0].prefix[:shared]], shared, "left", device)
+    cache = getattr(forward(model, once, use_cache=True, keep=1), "past_key_values", None)
+    if (
+        cache is None
+        or "position_ids" not in _parameters(model)
+        or not _is_repeatable(cache)
+        or any(type(layer) is not DynamicLayer for layer in cache.layers)
+    ):
+        return prefix, None
+    rest = pad_rows(
+        [q.prefix[shared:] for q in queries], prefix.ids_BT.shape[1] - shared, "left", device
+    )
+    ones_BT = torch.ones(len(queries), shared, dtype=rest.mask_BT.dtype, device=device)
+    rows = Padded(
+        rest.ids_BT, torch.cat([ones_BT, rest.mask_BT], dim=1), rest.positions_BT + shared
+    )
+    repeated = _repeated(cache, torch.zeros(len(queries), dtype=torch.long, device=device))
+    return rows, forward(model, rows, cache=repeated, use_cache=True, keep=1)
+
+
+def _check_queries(model: Any, queries: Sequence[Query], width: int, shared: int) -> None:
     for query in queries:
         if not query.prefix:
             raise ModelError("a query needs a prefix of at least one token (BOS or a prompt)")
         if not query.continuations or not all(query.continuations):
             raise ModelError("a query needs continuations of at least one token each")
+    if shared and any(
+        len(q.prefix) <= shared or q.prefix[:shared] != queries[0].prefix[:shared] for q in queries
+    ):
+        raise ModelError(f"the prefixes do not all begin with the same {shared} tokens and go on")
     longest = max(query_length(q) for q in queries)
     require_fit(model, longest, "a prefix with its longest continuation")
     if longest > width:

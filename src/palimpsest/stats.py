@@ -83,8 +83,7 @@ def paired_group_test(a: Sequence[int], b: Sequence[int], groups: Sequence[Hasha
     Raises:
         DataError: empty, unequal or not 0/1.
     """
-    if len(a) != len(b):
-        raise DataError(f"paired outcomes must be equally many, got {len(a)} and {len(b)}")
+    _check_pairs(a, b)
     _check_binary(a)
     _check_binary(b)
     codes, sizes = _group_codes(groups, len(a))
@@ -116,15 +115,24 @@ def paired_difference(
     nothing differs. With `groups`, its Wilson limits are taken at the effective sample size that
     the differences show (see `effective_n`); singleton groups change nothing.
     """
-    if len(a) != len(b):
-        raise DataError(f"paired outcomes must be equally many, got {len(a)} and {len(b)}")
-    n = len(a)
     _check_binary(a)
     _check_binary(b)
+    return paired_shares(a, b, groups, confidence)
+
+
+def paired_shares(
+    a: Sequence[float],
+    b: Sequence[float],
+    groups: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+) -> tuple[float, float, float]:
+    """Return what `paired_difference` does of shares: means of repetitions of one item, counted once."""
+    n = len(a)
+    _check_pairs(a, b)
     rate_a, rate_b = sum(a) / n, sum(b) / n
-    both = sum(1 for x, y in zip(a, b, strict=True) if x and y)
-    only_a, only_b = sum(a) - both, sum(b) - both
-    neither = n - both - only_a - only_b
+    both = math.fsum(x * y for x, y in zip(a, b, strict=True))
+    only_a, only_b = max(0.0, sum(a) - both), max(0.0, sum(b) - both)
+    neither = max(0.0, n - both - only_a - only_b)
     size = float(n)
     if groups is not None:
         size = effective_n([x - y for x, y in zip(a, b, strict=True)], groups, confidence)
@@ -148,11 +156,21 @@ def clustered_rate(
     fact don't count as independent. When every group is a single item it is Wilson's exactly.
     """
     _check_binary(outcomes)
-    rate = sum(outcomes) / len(outcomes)
-    size = effective_n(outcomes, groups, confidence)
-    if size == len(outcomes):
-        return (rate, *wilson(sum(outcomes), len(outcomes), confidence))
-    return (rate, *wilson(rate * size, size, confidence))
+    return clustered_share(outcomes, groups, confidence)
+
+
+def clustered_share(
+    values: Sequence[float], groups: Sequence[Hashable], confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """Return (mean, low, high) of shares in [0, 1], as `clustered_rate` of outcomes.
+
+    Each is the mean of repetitions of one item, which counts once: too wide rather than too narrow.
+    """
+    _check_shares(values)
+    rate = sum(values) / len(values)
+    size = effective_n(values, groups, confidence)
+    right = sum(values) if size == len(values) else rate * size
+    return (rate, *wilson(min(right, size), size, confidence))
 
 
 def effective_n(
@@ -217,11 +235,7 @@ def bootstrap_ratio(
         raise DataError("bootstrap needs at least two groups, got one")
     top = np.bincount(codes, weights=np.asarray(numerators, np.float64), minlength=num_groups)
     bottom = np.bincount(codes, weights=np.asarray(denominators, np.float64), minlength=num_groups)
-    ratios = np.empty(draws)
-    start = 0
-    for weights in _resamples(num_groups, seed, draws):
-        ratios[start : start + len(weights)] = (weights @ top) / (weights @ bottom)
-        start += len(weights)
+    ratios = np.concatenate([(w @ top) / (w @ bottom) for w in _resamples(num_groups, seed, draws)])
     tail = (1 - confidence) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return float(low), float(high)
@@ -326,19 +340,32 @@ def _check_counts(k: float, n: float) -> None:
         raise DataError(f"a count must lie between 0 and n = {n}, got {k}")
 
 
+def _check_pairs(a: Sequence[float], b: Sequence[float]) -> None:
+    if len(a) != len(b):
+        raise DataError(f"paired outcomes must be equally many, got {len(a)} and {len(b)}")
+    _check_shares(a)
+    _check_shares(b)
+
+
 def _check_binary(outcomes: Sequence[int]) -> None:
-    if len(outcomes) == 0:
-        raise DataError("no outcomes: a rate over nothing is not zero")
+    _check_shares(outcomes)
     if any(x not in (0, 1) for x in outcomes):
         raise DataError("outcomes must be 0 or 1; leave unscored items out")
 
 
-def _newcombe_phi(both: int, only_a: int, only_b: int, neither: int) -> float:
+def _check_shares(values: Sequence[float]) -> None:
+    if len(values) == 0:
+        raise DataError("no outcomes: a rate over nothing is not zero")
+    if any(not 0 <= x <= 1 for x in values):
+        raise DataError("outcomes must be 0 or 1, or shares between; leave unscored items out")
+
+
+def _newcombe_phi(both: float, only_a: float, only_b: float, neither: float) -> float:
     product = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
-    if product == 0:
+    if product <= 0:
         return 0.0
     n = both + only_a + only_b + neither
-    cross = float(both * neither - only_a * only_b)
+    cross = both * neither - only_a * only_b
     if cross > 0:  # Newcombe's continuity correction of a positive correlation
         cross = max(0.0, cross - n / 2)
     return cross / math.sqrt(product)

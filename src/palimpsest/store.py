@@ -58,7 +58,8 @@ class RunFolder:
             StoreError: another run, here or in another process, holds the folder.
         """
         with disk.lock_file(self.path / ".lock"):
-            for pattern in (".*.tmp", "jobs/*/.*.tmp", "jobs/*/.*.old", "jobs/*/weights/.*.tmp"):
+            inside = [f"jobs/*/{x}.*.{end}" for x in ("", "weights/") for end in ("tmp", "old")]
+            for pattern in (".*.tmp", *inside):
                 for stale in self.path.glob(pattern):
                     disk.remove(stale)
             yield

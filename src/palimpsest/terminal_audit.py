@@ -10,8 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from palimpsest.audit.record import AttackRow, Audit, AuditReport, Interval, TransferMatrix
+from palimpsest.audit.floors import floor_text, floor_without_control
+from palimpsest.audit.jobs import AttackJob, job_folder
+from palimpsest.audit.record import AttackRow, Audit, AuditReport, TransferMatrix, percent
 from palimpsest.cli_options import print_json
+from palimpsest.store import RunFolder
 from palimpsest.terminal import TwoBars
 
 if TYPE_CHECKING:
@@ -109,28 +112,84 @@ def _cells(row: AttackRow) -> list[str]:
     ]
 
 
-def percent(interval: Interval | None) -> str:
-    """Return a share with its interval in percent."""
-    if interval is None:
-        return "-"
-    return f"{100 * interval.value:.0f} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
+def print_audit_plan(plan: Planned, out: Path, *, as_json: bool) -> None:
+    """Print what an audit would do: questions, floor, and a table of attacks and arms.
 
-
-def print_audit_plan(plan: Planned, *, as_json: bool) -> None:
-    """Print what an audit would do: models, questions, attacks, jobs."""
-    counts = {name: len(samples) for name, samples in plan.questions.sets.items()}
-    counts["fit"] = len(plan.questions.attackers.fit)
-    told: dict[str, Any] = {
-        "models": {n: m.role for n, m in plan.models.items()},
-        "questions": counts,
-        "attacks": {n: type(a).__module__.rsplit(".", 1)[-1] for n, a in plan.attacks.items()},
-        "jobs": [j.id for j in plan.jobs],
-        "not run": dict(plan.skipped),
-    }
+    Args:
+        plan: the audit's.
+        out: its folder; what is finished there is counted. It need not exist, and is not made.
+        as_json: one JSON document, with the jobs' ids.
+    """
+    finished = _finished(plan, out)
     if as_json:
-        print_json(told)
+        print_json(_plan_facts(plan, finished))
         return
     console = Console()
-    for key, value in told.items():
-        shown = f"{len(value)}: {', '.join(value)}" if key in ("attacks", "jobs") else str(value)
-        console.print(escape(f"{key}: {shown}"))
+    audit, questions = plan.recipe.audit, plan.questions
+    console.print(f"{escape(audit.name)}: tier {audit.tier}, margin {audit.delta:.0%}", end="")
+    console.print(f", seed {audit.seed}, channels {', '.join(audit.channels)}")
+    console.print(
+        f"{len(questions.test)} questions of {escape(plan.recipe.questions.dataset)} are scored, "
+        f"{len(questions.choose)} choose settings, {len(questions.attackers.fit)} go to attackers; "
+        f"{len(questions.utility)} of {escape(plan.recipe.utility.dataset)} measure utility"
+    )
+    console.print(f"floor: {escape(_floor(plan))}")
+    console.print(_plan_table(plan, finished))
+    if audit.transfer_matrix:
+        console.print("what fits a prompt is asked of every model, for the transfer matrix")
+    for name, why in plan.skipped.items():
+        console.print(f"not run: {escape(name)}: {escape(why)}")
+
+
+def _finished(plan: Planned, out: Path) -> set[str] | None:
+    """Return the ids of the jobs that are finished in a folder; None where there is none."""
+    if not (out / "jobs").is_dir():
+        return None
+    folder = RunFolder(out)
+    return {j.id for j in plan.jobs if (place := job_folder(folder, j)) and place.done is not None}
+
+
+def _plan_facts(plan: Planned, finished: set[str] | None) -> dict[str, Any]:
+    counts = {name: len(samples) for name, samples in plan.questions.sets.items()}
+    return {
+        "models": {n: m.role for n, m in plan.models.items()},
+        "questions": counts | {"fit": len(plan.questions.attackers.fit)},
+        "floor": _floor(plan),
+        "attacks": {n: type(a).__module__.rsplit(".", 1)[-1] for n, a in plan.attacks.items()},
+        "jobs": [j.id for j in plan.jobs],
+        "finished": sorted(finished or ()),
+        "not run": dict(plan.skipped),
+    }
+
+
+def _floor(plan: Planned) -> str:
+    controls = plan.recipe.controls
+    floor = controls[0].name if controls else floor_without_control(plan.questions)
+    return floor_text(floor, plan.questions)
+
+
+def _plan_table(plan: Planned, finished: set[str] | None) -> Table:
+    """Return the number of jobs by attack and by the arm that they are made on, placebos included."""
+    fixed = [plan.recipe.original.name, *(m.name for m in plan.recipe.controls)]
+    table = Table(box=SIMPLE)
+    table.add_column("jobs" if finished is None else "finished/all jobs", overflow="fold")
+    for column in (*fixed, *plan.recipe.targets, "all"):
+        table.add_column(escape(column), justify="right")
+
+    def count(jobs: list[AttackJob]) -> str:
+        done = "" if finished is None else f"{sum(j.id in finished for j in jobs)}/"
+        return f"{done}{len(jobs)}" if jobs else "-"
+
+    def cells(jobs: list[AttackJob]) -> list[str]:
+        arms = [[j for j in jobs if j.built_on == name] for name in fixed]
+        for seeds in plan.recipe.targets.values():
+            names = {m.name for m in seeds}
+            arms.append([j for j in jobs if j.built_on in names])
+        return [count(part) for part in (*arms, jobs)]
+
+    for name in plan.attacks:
+        if name not in plan.skipped:
+            table.add_row(escape(name), *cells([j for j in plan.jobs if j.attack == name]))
+    table.add_section()
+    table.add_row("all", *cells(list(plan.jobs)))
+    return table

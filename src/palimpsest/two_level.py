@@ -17,13 +17,13 @@ from statistics import NormalDist, fmean
 import numpy as np
 
 from palimpsest.errors import DataError
-from palimpsest.stats import Floats, clustered_rate, paired_difference
+from palimpsest.stats import Floats, clustered_share, paired_shares
 
 _CHUNK = 2_000_000  # group draws held at once (16 MB of weights)
 
 
 def seed_mean_rate(
-    outcomes: Sequence[Sequence[int]],
+    outcomes: Sequence[Sequence[float]],
     groups: Sequence[Sequence[Hashable]],
     *,
     seed: int = 0,
@@ -37,13 +37,14 @@ def seed_mean_rate(
     100 %, and is never narrower than what one seed is given on average.
 
     Args:
-        outcomes: of each seed, 0 or 1 per scored item; seeds may have scored different items.
+        outcomes: of each seed, 0 or 1 per scored item, or the mean of its repetitions; seeds may have
+            scored different items.
         groups: of each seed, the group of each of those items.
         seed: of the resampling.
         draws: number of resamples.
         confidence: two-sided.
     """
-    own = [clustered_rate(x, g, confidence) for x, g in _each(outcomes, groups)]
+    own = [clustered_share(x, g, confidence) for x, g in _each(outcomes, groups)]
     value, least, most = (fmean(column) for column in zip(*own, strict=True))
     sizes = [[1.0] * len(x) for x in outcomes]
     found = _drawn(outcomes, sizes, groups, seed=seed, draws=draws, confidence=confidence)
@@ -51,22 +52,22 @@ def seed_mean_rate(
 
 
 def seed_mean_difference(
-    a: Sequence[Sequence[int]],
-    b: Sequence[Sequence[int]],
+    a: Sequence[Sequence[float]],
+    b: Sequence[Sequence[float]],
     groups: Sequence[Sequence[Hashable]],
     *,
     seed: int = 0,
     draws: int = 2000,
     confidence: float = 0.95,
 ) -> tuple[float, float, float]:
-    """Return (difference, low, high): the mean over seeds of mean(a) - mean(b), 0/1 outcomes in pairs.
+    """Return (difference, low, high): the mean over seeds of mean(a) - mean(b), outcomes in pairs.
 
     As `seed_mean_rate`, on the differences per item; each seed's own interval is
-    `stats.paired_difference`.
+    `stats.paired_shares`.
     """
     if not len(a) == len(b) == len(groups) or not a:
         raise DataError(f"{len(a)}, {len(b)} and {len(groups)} seeds: need equally many, not none")
-    own = [paired_difference(x, y, g, confidence) for x, y, g in zip(a, b, groups, strict=True)]
+    own = [paired_shares(x, y, g, confidence) for x, y, g in zip(a, b, groups, strict=True)]
     value, least, most = (fmean(column) for column in zip(*own, strict=True))
     changes = [[p - q for p, q in zip(x, y, strict=True)] for x, y in zip(a, b, strict=True)]
     sizes = [[1.0] * len(x) for x in a]
@@ -133,8 +134,8 @@ def two_level_interval(
 
 
 def _each(
-    values: Sequence[Sequence[int]], groups: Sequence[Sequence[Hashable]]
-) -> list[tuple[Sequence[int], Sequence[Hashable]]]:
+    values: Sequence[Sequence[float]], groups: Sequence[Sequence[Hashable]]
+) -> list[tuple[Sequence[float], Sequence[Hashable]]]:
     if not values or len(values) != len(groups):
         raise DataError(
             f"{len(values)} seeds but {len(groups)} lists of groups; need both, not none"

@@ -169,14 +169,15 @@ class KnowledgeAttack(Protocol):
         arms: `refit` runs the attack on every arm; `transfer` fits it once, on the unlearned model, and
             applies what it found to all arms.
         role: `attack`; or `diagnostic`: shown, and never part of a verdict.
-        trains: whether weights are trained; against the floor of chance such an attack shows nothing.
+        may_teach: whether it trains weights, or fits (or shows) answers of the forget domain, so that what
+            comes back may have been taught; against the floor of chance such an attack shows nothing.
     """
 
     access: ClassVar[Literal["prompts", "weights"]]
     needs: ClassVar[frozenset[Need]]
     arms: ClassVar[Literal["refit", "transfer"]]
     role: ClassVar[Literal["attack", "diagnostic"]]
-    trains: ClassVar[bool]
+    may_teach: ClassVar[bool]
 
     def attack(self, arms: Arms, data: AttackData, ctx: AttackContext) -> Iterator[View]:
         """Yield views of `arms.target`; each is scored before the next one is asked for.

@@ -211,9 +211,17 @@ def test_a_file_has_one_public_class_with_a_docstring_and_the_protocol(name: str
     assert cls.needs <= {"forget data", "texts", "folds", "original"}
     assert cls.arms in ("refit", "transfer")
     assert cls.role in ("attack", "diagnostic")
-    assert isinstance(cls.trains, bool)
+    assert isinstance(cls.may_teach, bool)
     own = {f.name for f in dataclasses.fields(cls)}
-    assert not own & {"access", "needs", "arms", "role", "trains"}, "these are no options"
+    assert not own & {"access", "needs", "arms", "role", "may_teach"}, "these are no options"
+
+
+def test_what_trains_or_is_given_answers_of_the_forget_domain_may_teach() -> None:
+    """Against the floor of chance these show nothing. Pruning may rank weights by answers; it fits none."""
+    taught = {n for n in KNOWLEDGE if plugin_class("attacks", n).may_teach}
+    training = {"relearning", "rtt", "benign_finetuning", "unrelated_training"}
+    fitted = {"linear_probe", "soft_prompt", "latent_pgd", "gcg", "enhanced_gcg"}
+    assert taught == training | fitted | {"few_shot_forget"}
 
 
 def test_every_attack_on_knowledge_is_tried_here() -> None:
@@ -245,7 +253,7 @@ def test_the_placebo_has_the_attacks_access_and_is_deterministic(
     placebo = attack.placebo()
     if placebo is None:
         return
-    for key in ("access", "needs", "arms", "role", "trains"):
+    for key in ("access", "needs", "arms", "role", "may_teach"):
         assert getattr(placebo, key) == getattr(attack, key)
     assert placebo != attack
     target, original = models("llama"), models("llama", 1)

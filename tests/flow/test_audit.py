@@ -47,7 +47,7 @@ class Own:
     needs: ClassVar[frozenset] = frozenset(NEEDS)
     arms: ClassVar[str] = ARMS
     role: ClassVar[str] = ROLE
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
     how: str = "nothing"
     """What it does."""
 
@@ -62,6 +62,9 @@ class Own:
             return
         if self.how == "search":
             yield from searched(arms.target, ctx.out / "step")
+            return
+        if self.how == "searches and breaks":
+            yield from (replace(v, apply=broken) for v in searched(arms.target, ctx.out / "step"))
             return
         reveal = partial(shown, arms.original) if self.how == "reveal" else None
         known = {"nothing": untouched, "breaks": broken, "edits": edited, "hooks": hooked}
@@ -282,7 +285,7 @@ def test_a_transferred_attack_is_scored_on_every_arm(sandbox: Any) -> None:
     assert (found.status, found.arms) == ("recovers", "transfer")
     assert set(found.points[0].rates) == {"target", "original", "control"}
     seen = [v for k, v in views(out).items() if k.startswith("attack-reveal-x@0")]
-    assert [v["model"] for v in seen] == ["x@0", "original", "control"]
+    assert [v["arm"] for v in seen] == [0, 1, 2]
     assert len({json.dumps(v["setting"]) for v in seen}) == 1
 
 
@@ -374,14 +377,14 @@ def test_a_kill_makes_no_attack_cheaper(
             with pytest.raises(KeyboardInterrupt):
                 run(data, out)
     report = run(data, out)
-    made = [v for v in map(json.loads, _raw(out, "attack-own-x-")) if v["model"] == "x"]
+    made = [v for v in map(json.loads, _raw(out, "attack-own-x-")) if v["arm"] == 0]
     assert [v["cost"]["tokens"] for v in made] == tokens
     per_token = made[1]["cost"]["flops"] / tokens[1]
     assert [v["cost"]["flops"] for v in made] == [n * per_token for n in tokens]
     cost, chosen = row(report, "own").cost, row(report, "own").setting["step"]
     assert cost is not None
     assert cost.make.tokens == (tokens[0] if chosen == 2 else tokens[0] + tokens[1])
-    assert not list(out.glob("jobs/*/scratch")) + list(out.glob("jobs/*/spent.jsonl"))
+    assert not list(out.glob("jobs/*/scratch")) + list(out.glob("jobs/*/spent"))
 
 
 def test_a_kill_in_the_middle_of_a_job_loses_at_most_one_view(
@@ -420,6 +423,33 @@ def test_a_second_target_shares_the_arms_and_a_third_run_does_nothing(
     assert done(out) == second
 
 
+def test_other_names_of_the_same_models_find_their_jobs(
+    data: dict[str, Any], tmp_path: Path, tiny_checkpoint: Checkpoint
+) -> None:
+    """Refit arms, an attack that is scored on all of them, and a model that is there twice."""
+    other = str(tiny_checkpoint("llama", context=256, seed=7))
+    data["models"] += [
+        {"name": "second", "source": other, "role": "control"},
+        {"name": "y", "source": data["models"][2]["source"]},
+    ]
+    transferred = {"name": "own", "use": own(tmp_path, ARMS="'transfer'"), "how": "edits"}
+    data["attacks"] = [QUANTISATION, transferred]
+    out = tmp_path / "out"
+    report, finished, stored = run(data, out), done(out), _raw(out, "")
+    names = {"control": "second", "second": "control", "x": "renamed", "y": "x"}
+    for model in data["models"]:
+        model["name"] = names.get(model["name"], model["name"])
+    again = run(data, out)
+    assert (done(out), _raw(out, "")) == (finished, stored)
+    assert not again.failed
+    assert [a.label for a in again.audits] == ["renamed", "x"]
+    for made, before in zip(again.audits, report.audits, strict=True):
+        for one, was in zip(made.rows, before.rows, strict=True):
+            rates = {names.get(arm, arm): rate for arm, rate in was.points[0].rates.items()}
+            assert one.points[0].rates == rates
+            assert (one.recovered, one.status, one.cost) == (was.recovered, was.status, was.cost)
+
+
 def test_a_placebo_runs_on_the_first_control_too(data: dict[str, Any], tmp_path: Path) -> None:
     """Refit: an arm of its own. Transfer: what was fitted on the unlearned model, on the control."""
     data["models"].append({**data["models"][1], "name": "second"})
@@ -427,15 +457,15 @@ def test_a_placebo_runs_on_the_first_control_too(data: dict[str, Any], tmp_path:
     data["attacks"].append({"name": "orthogonalisation", **ablation})
     made = run(data, tmp_path / "out")
     stored = [
-        (name.partition("/")[0].rpartition("-")[0], told["model"])
+        (name.partition("/")[0].rpartition("-")[0], told["arm"])
         for name, told in views(tmp_path / "out").items()
         if name.startswith("placebo-")
     ]
     assert {pair: stored.count(pair) for pair in stored} == {
-        ("placebo-quantisation-control", "control"): 3,
-        ("placebo-quantisation-x", "x"): 3,
-        ("placebo-orthogonalisation-x", "x"): 3,
-        ("placebo-orthogonalisation-x", "control"): 3,
+        ("placebo-quantisation-control", 0): 3,
+        ("placebo-quantisation-x", 0): 3,
+        ("placebo-orthogonalisation-x", 0): 3,
+        ("placebo-orthogonalisation-x", 1): 3,
     }
     for name, kinds in (("quantisation", set()), ("orthogonalisation", {"random", "matched"})):
         rates = row(made, name).points[0].rates
@@ -518,10 +548,10 @@ def test_what_a_kill_behind_the_last_step_left_is_removed(
     job = next((tmp_path / "out").glob("jobs/attack-quantisation-x-*"))
     (job / "scratch").mkdir()
     (job / "scratch" / "state").write_text("large")
-    (job / "spent.jsonl").touch()
+    (job / "spent").touch()
     run(data, tmp_path / "out")
     assert not (job / "scratch").exists()
-    assert not (job / "spent.jsonl").exists()
+    assert not (job / "spent").exists()
 
 
 def test_a_job_of_other_weights_than_the_model_s_is_refused(
@@ -587,6 +617,20 @@ def test_an_attack_that_leaves_a_model_changed_is_caught_each_time(
         assert "left original changed" in row(report, "breaks").reason
         made = row(report, "quantisation")
         assert made.points == row(plain, "quantisation").points
+
+
+def test_nothing_is_kept_of_what_an_attack_made_on_a_changed_model(
+    data: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its state, its weights and its cost: the next run would go on from them."""
+    data["attacks"] = [
+        {"name": "own", "use": own(tmp_path, ARMS="'transfer'"), "how": "searches and breaks"}
+    ]
+    for _ in range(2):
+        report = run(data, tmp_path / "out", keep_weights=True)
+        assert "left x changed" in row(report, "own").reason
+        (job,) = (tmp_path / "out").glob("jobs/attack-own-x-*")
+        assert [p.name for p in job.iterdir()] == ["spec.json"]
 
 
 def test_a_transferred_attack_that_changes_another_arm_is_caught(

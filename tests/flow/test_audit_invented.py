@@ -79,16 +79,20 @@ def test_every_view_is_asked_the_invented_facts(data: dict[str, Any], tmp_path: 
         assert (len(marks["invented"]), len(marks["invented_choose"])) == (scored, choose)
     (made,) = report.audits
     groups = len({s.group for s in plan_audit(make_audit_recipe(data)).questions.invented})
-    assert made.floor == f"invented facts (n = {scored}, groups = {groups}), no control model"
+    assert made.floor.startswith(
+        f"invented facts (n = {scored}, groups = {groups}), or the best rule"
+    )
     (point,) = made.rows[0].points
     assert point.rates["invented facts"].n == scored
     seeds = [
-        [v for v in views(tmp_path / "out") if v["model"] == name and v["setting"]]
+        json.loads(
+            next((tmp_path / "out").glob(f"jobs/attack-relearning-{name}-*/view-*")).read_text()
+        )
         for name in ("x@0", "x@1")
     ]
-    right = [v["outcomes"]["letter"]["invented"].count("1") / scored for (v,) in seeds]
+    right = [v["outcomes"]["letter"]["invented"].count("1") / scored for v in seeds]
     assert point.rates["invented facts"].value == pytest.approx(sum(right) / 2)
-    assert "trains, and without a control" not in made.rows[0].reason
+    assert "may teach, and without a control" not in made.rows[0].reason
     for shown in (render(report), CliRunner().invoke(app, _again(data, tmp_path)).output):
         assert made.floor in " ".join(shown.split())
 

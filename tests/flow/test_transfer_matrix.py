@@ -48,7 +48,7 @@ class Key:
     needs: ClassVar[frozenset] = frozenset({"original"})
     arms: ClassVar[str] = "transfer"
     role: ClassVar[str] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
     fits_prompt: ClassVar[bool] = True
     opens: tuple[str, ...] = ()
     """Pairs: fitted on>asked."""
@@ -118,10 +118,12 @@ def cells(report: AuditReport) -> dict[tuple[str, str, str], TransferCell]:
 def marks(out: Path, attack: str, fitted_on: str, asked: str, how: str = "open") -> list[int]:
     """Return a network's answers to the scored questions, from the files."""
     (folder,) = out.glob(f"jobs/attack-{attack}-{fitted_on}-*")
+    others = [name for name in ("original", "control", "x@0", "x@1", "y", "z") if name != fitted_on]
+    arm = [fitted_on, *others].index(asked)
     (found,) = (
         view["outcomes"]["cloze"]["test"]
         for view in (json.loads(p.read_text()) for p in folder.glob("view-*.json"))
-        if view["model"] == asked and (attack == "none" or view["setting"]["how"] == how)
+        if view["arm"] == arm and (attack == "none" or view["setting"]["how"] == how)
     )
     return [int(mark) for mark in found]
 
@@ -386,10 +388,46 @@ def test_a_matrix_of_nothing_is_refused(change: Any, said: str, tiny: dict[str, 
 
 def test_the_command_line_names_methods(tmp_path: Path) -> None:
     words = ["audit", "a=sandbox/original", "b@0=sandbox/original", "sandbox/never-trained"]
+    words += ["--out", str(tmp_path / "out")]
     words += "--transfer-matrix --attack soft_prompt --limit 20 --plan --json".split()
     told = CliRunner().invoke(app, words)
     assert told.exit_code == 0, told.output
     models = json.loads(told.output)["models"]
     assert [n for n, role in models.items() if role == "other"] == ["a", "b@0", "unlearned"]
+    assert not (tmp_path / "out").exists()
     told = CliRunner().invoke(app, ["audit", "sandbox/original", *words[4:]])
     assert "unlearned is alone" in str(told.exception)
+
+
+def test_accuracy_of_two_prompts_is_over_two_prompts(planted: Any) -> None:
+    """One of x's two prompts opens z: what a third would do, 20 questions more do not say."""
+    half = cells(planted[2])["x", "z", "other method"].rate
+    both = cells(planted[2])["x", "y", "other method"].rate
+    assert half.low is not None
+    assert half.high is not None
+    assert both.low is not None
+    assert both.high is not None
+    assert half.high - half.low > 0.95
+    assert both.high - both.low < 0.6
+
+
+def test_without_a_control_settings_are_chosen_by_the_invented_floor(
+    planted: Any, tmp_path: Path
+) -> None:
+    data = json.loads(json.dumps(planted[0]))
+    data["models"] = [m for m in data["models"] if m["name"] in ("original", "y", "z")]
+    data["invented"] = {"dataset": "sandbox_invented"}
+    report = run(data, tmp_path / "out")
+    floors = {audit.label: audit.rows[0].points for audit in report.audits}
+    assert all("invented facts" in p.rates for points in floors.values() for p in points)
+    (matrix,) = report.transfer
+    for row in matrix.rows:
+        chosen = max(floors[row.fitted_on], key=lambda point: point.choose or 0.0)
+        assert chosen.choose is not None
+        assert row.setting == chosen.setting == {"how": "open"}
+        assert chosen.choose > 0.3
+        for cell in row.cells:
+            assert cell.recovered is None
+            assert cell.rate.low is not None
+            assert cell.rate.value is not None
+            assert cell.rate.low <= cell.rate.value

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy.special import stdtrit
 
-from palimpsest.audit.recovery import ArmAnswers, Estimate, recovery
+from palimpsest.audit.crossed import Estimate
+from palimpsest.audit.recovery import ArmAnswers, recovery
 from palimpsest.errors import DataError
 
 GROUPS = [f"agent {i // 5}" for i in range(300)]
@@ -52,7 +53,7 @@ def known(found: Estimate | None) -> Estimate:
 
 def test_the_interval_is_that_of_two_independent_cluster_means() -> None:
     """The groups' own rates are the same numbers on both sides: a shared draw would see no variance."""
-    rates = np.repeat([0.1, 0.2, 0.3, 0.4], 15)
+    rates = np.repeat([0.0, 0.2, 0.5, 0.9], 15)
     groups = [str(g) for g in range(60) for _ in range(10)]
     marks = [float(i < round(10 * r)) for r in rates for i in range(10)]
     attacked = ArmAnswers(target=(marks,), original=[1.0] * 600, invented=(list(marks),))
@@ -60,7 +61,7 @@ def test_the_interval_is_that_of_two_independent_cluster_means() -> None:
     error = np.sqrt(2 * variance(marks, groups))
     assert found.above_floor.value == 0.0
     assert (found.above_floor.high - found.above_floor.low) / 2 == pytest.approx(
-        1.96 * error, rel=0.05
+        2.0 * error, rel=0.05
     )
 
 
@@ -167,8 +168,8 @@ def test_a_few_facts_that_all_fail_are_no_floor_of_zero() -> None:
     found = recovery(arms, plain, GROUPS, invented_groups=groups)
     assert found.above_floor.value == pytest.approx(np.mean(target))
     assert found.above_floor.low < 0
-    assert found.p_value(0.15) < 0.025  # every draw of the floor is 0
     assert found.lower(0.025) < 0.0  # type: ignore[operator]
+    assert found.p_value(0.15) > 0.025  # though every draw of the floor is 0
 
 
 def test_the_placebo_has_a_floor_of_its_own() -> None:

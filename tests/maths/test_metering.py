@@ -8,7 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from palimpsest.attacks.whitebox._directions import states_at
 from palimpsest.audit.metering import metered
+from palimpsest.model import LM
 from tiny_models import VOCABULARY, tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -112,8 +114,23 @@ def test_a_failed_pass_is_counted_and_spoils_no_later_one() -> None:
         with pytest.raises(RuntimeError, match="no memory"):
             model(input_ids=IDS)
         handle.remove()
+        early = cost.flops
         model(input_ids=IDS)
     assert (cost.queries, cost.tokens) == (4, 16)
+    assert cost.flops - early == 2 * weights_of(model) * 8
     before = cost.tokens
     model(input_ids=IDS)
     assert cost.tokens == before, "the hooks are gone"
+
+
+def test_of_a_pass_that_ends_early_the_blocks_that_ran_are_counted() -> None:
+    model = frozen()
+    lm = LM(model, None, name="tiny")  # type: ignore[arg-type]
+    head = model.config.hidden_size * VOCABULARY
+    block = (weights_of(model) - head) // model.config.num_hidden_layers
+    direction_D = torch.ones(model.config.hidden_size)
+    for layer in range(model.config.num_hidden_layers):
+        with metered() as cost, torch.no_grad():
+            states_at(lm, [row.tolist() for row in IDS], layer, direction_D)
+        assert (cost.queries, cost.tokens) == (2, 8)
+        assert cost.flops == 2 * 8 * (layer + 1) * block

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.stats
+from statsmodels.stats.proportion import proportion_confint
 
-from palimpsest.audit.recovery import ArmAnswers, recovery, residual_lower
+from palimpsest.audit.recovery import ArmAnswers, recovery
 from palimpsest.errors import DataError
+from palimpsest.stats import clopper_pearson
 
 GROUPS = [str(i // 5) for i in range(300)]
 
@@ -155,8 +158,8 @@ def test_the_residuals_limit_is_that_of_the_interval_and_falls_with_the_level() 
     plain = arms(0.5, 0.9, 0.2, 1, spread=0.1)
     found = recovery(plain, plain, GROUPS, seed=3)
     assert found.residual is not None
-    assert residual_lower(plain, GROUPS, 0.025, seed=3) == pytest.approx(found.residual.low)
-    levels = [residual_lower(plain, GROUPS, 0.025 / k, seed=3) for k in (1, 2, 3)]
+    levels = [found.residual_lower(0.025 / k) or -9.0 for k in (1, 2, 3)]
+    assert levels[0] == pytest.approx(found.residual.low)
     assert levels == sorted(levels, reverse=True)
     assert levels[2] < levels[0]
 
@@ -169,10 +172,104 @@ def test_several_channels_seldom_make_a_model_know_by_chance() -> None:
             arms(0.25 + delta * 0.65, 0.9, 0.25, 70_000 + 30 * seed + 3 * c) for c in range(3)
         ]
         limits = [
-            [residual_lower(c, GROUPS, alpha, draws=1000) for c in channels]
+            [recovery(c, c, GROUPS, draws=1000).residual_lower(alpha) or -9.0 for c in channels]
             for alpha in (0.025, 0.025 / 3)
         ]
         bare += max(limits[0]) > delta
         corrected += max(limits[1]) > delta
     assert corrected <= 10  # binomial(150, .025): P(> 10) = .002; and 7.5 is 5 %
     assert bare > corrected
+
+
+def few_seeds(rates: tuple[float, ...]) -> tuple[ArmAnswers, ArmAnswers]:
+    """Return an attack on seeds of exact rates, the same in every group, and no attack at 0."""
+    target = tuple([float(i % 20 < 20 * r) for i in range(400)] for r in rates)
+    fixed: dict[str, list[float]] = {"original": [1.0] * 400, "floor": [0.0] * 400}
+    return ArmAnswers(target=target, **fixed), ArmAnswers(target=([0.0] * 400,) * 3, **fixed)
+
+
+def test_a_stricter_level_reaches_the_stretch_for_few_seeds() -> None:
+    """All draws are of seeds: the lowest has 1 in 27, and stands so many t quantiles below the mean."""
+    attacked, plain = few_seeds((0.4, 0.6, 0.8))
+    found = recovery(attacked, plain, [str(i // 20) for i in range(400)])
+    for alpha in (0.025, 0.0025):
+        t, z = scipy.stats.t.ppf(1 - alpha, 2), scipy.stats.norm.ppf(1 - alpha)
+        assert found.lower(alpha) == pytest.approx(0.6 - (3 / 2) ** 0.5 * t / z * 0.2, abs=1e-6)
+
+
+def test_a_stricter_level_reaches_wilsons_limit() -> None:
+    perfect = ArmAnswers(target=([1.0] * 300,), original=[1.0] * 300, floor=[0.0] * 300)
+    plain = ArmAnswers(target=([0.0] * 300,), original=[1.0] * 300, floor=[0.0] * 300)
+    found = recovery(perfect, plain, [str(i) for i in range(300)])
+    for alpha in (0.025, 0.0025):
+        z = scipy.stats.norm.ppf(1 - alpha)
+        assert found.lower(alpha) == pytest.approx(300 / (300 + z**2))
+
+
+def test_p_is_the_level_at_which_the_limit_passes_the_margin() -> None:
+    target = tuple(answers(rate, 20 + i) for i, rate in enumerate((0.45, 0.5, 0.55)))
+    fixed = {"original": answers(0.9, 31), "floor": answers(0.25, 32)}
+    plain = arms(0.25, 0.95, 0.25, 9)
+    before = ArmAnswers(target=plain.target * 3, original=plain.original, floor=plain.floor)
+    found = recovery(ArmAnswers(target=target, **fixed), before, GROUPS)
+    p = found.p_value(0.1)
+    assert 0.0005 < p < 0.2
+    above, below = found.lower(p), found.lower(p / 1.02)
+    assert above is not None
+    assert below is not None
+    assert below <= 0.1 < above
+    assert found.p_value(0.9) == 1.0
+
+
+def test_differences_do_not_collapse_where_all_answers_agree() -> None:
+    """Twelve questions that all are right under the attack and its placebo: not shown to be equal."""
+    groups = [str(i) for i in range(12)]
+    every = [1.0] * 12
+    attacked = ArmAnswers(
+        target=(every,),
+        original=every,
+        floor=[0.0] * 12,
+        placebo=(every,),
+        placebo_floor=[0.0] * 12,
+    )
+    found = recovery(attacked, attacked, groups)
+    low, high = clopper_pearson(12, 12)
+    assert found.above_placebo is not None
+    assert found.above_placebo.low < -0.1
+    assert found.above_placebo.high > 0.1
+    for one in (found.ceiling, found.above_floor, found.placebo_above_floor):
+        assert one is not None
+        assert low - 0.2 < one.low < 0.9 < one.high == 1.0 == high
+    assert found.gain is not None
+    assert found.gain.low < found.gain.value - 0.2
+
+
+def test_the_mean_of_repetitions_is_no_majority() -> None:
+    """Two right of five, in all questions: 40 %, not 0."""
+    mean = [0.4] * 300
+    attacked = ArmAnswers(target=(mean,), original=[1.0] * 300, floor=[0.0] * 300)
+    found = recovery(attacked, attacked, [str(i) for i in range(300)])
+    assert found.recovered is not None
+    low, high = proportion_confint(120, 300, method="wilson")
+    assert (found.recovered.low, found.recovered.high) == pytest.approx((low, high))
+
+
+def test_a_floor_is_not_below_what_is_guessed() -> None:
+    target, original = answers(0.4, 1), answers(0.9, 2)
+    given = ArmAnswers(
+        target=(target,), original=original, invented=([0.0] * 300,), guessed=([0.25] * 300,)
+    )
+    found = recovery(given, given, GROUPS, invented_groups=GROUPS)
+    assert found.recovered is not None
+    u, o = sum(target) / 300, sum(original) / 300
+    assert found.recovered.value == pytest.approx((u - 0.25) / (o - 0.25))
+    assert found.above_floor.value == pytest.approx(u - 0.25)
+    assert found.above_floor.high < u  # the floor's lower limit is not below it either
+
+
+def test_one_group_is_no_evidence() -> None:
+    attacked, plain = arms(0.7, 0.9, 0.2, 1), arms(0.3, 0.95, 0.2, 11)
+    holed = [a if i < 5 else None for i, a in enumerate(attacked.original)]
+    one = ArmAnswers(target=attacked.target, original=holed, floor=attacked.floor)
+    with pytest.raises(DataError, match=r"the 5 of 300 questions .* are of one group"):
+        recovery(one, plain, GROUPS)

@@ -12,7 +12,10 @@ from palimpsest.errors import ModelError
 from palimpsest.generate import generate_batch
 from palimpsest.model import LM
 from palimpsest.scoring import Query, query_length, score_batch, score_text_batch
-from tiny_models import CONTEXT, FAMILIES, VOCABULARY, WINDOW, tiny_model, tiny_tokenizer
+from tiny_models import CONTEXT, FAMILIES, MIXTURES, VOCABULARY, WINDOW, tiny_model, tiny_tokenizer
+
+WINDOWED = {"mistral", "gemma2", "gemma3"}
+"""Families of tiny models with a sliding window: nothing runs once there."""
 
 
 def tokens(seed: int, length: int) -> tuple[int, ...]:
@@ -61,6 +64,38 @@ def test_scores_without_a_repeatable_cache_equal_a_plain_forward(
 ) -> None:
     monkeypatch.setattr(scoring, "_is_repeatable", lambda cache: False)
     assert_equal_to_plain(tiny_model(family), queries(), 40)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
+@pytest.mark.parametrize("extra", [0, 7])
+def test_scores_behind_shared_tokens_equal_a_plain_forward(
+    family: str, extra: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behind = tokens(5, 9)
+    batch = [Query(behind + q.prefix, q.continuations) for q in queries()]
+    model, seen = tiny_model(family), []
+    run = scoring.forward
+    monkeypatch.setattr(
+        scoring,
+        "forward",
+        lambda model, rows, **how: seen.append(tuple(rows.ids_BT.shape)) or run(model, rows, **how),
+    )
+    width = max(map(query_length, batch)) + extra
+    scores = score_batch(model, batch, width=width, shared=len(behind))
+    for query, got in zip(batch, scores, strict=True):
+        want = [plain_logprob(model, query.prefix, c) for c in query.continuations]
+        assert list(got) == pytest.approx(want, abs=1e-5, rel=1e-6)
+    assert seen[0] == (1, 9)
+    is_run_once = family not in WINDOWED
+    assert seen[1] == (4, max(width - 11, 39) - 9 * is_run_once)  # longest continuation, prefix
+
+
+def test_tokens_that_are_not_shared_are_refused() -> None:
+    batch = [Query((8, 9, 10), ((7,),)), Query((8, 11, 10), ((7,),))]
+    assert len(score_batch(tiny_model("llama"), batch, width=4, shared=1)) == 2
+    for shared in (2, 3):
+        with pytest.raises(ModelError, match=f"same {shared} tokens"):
+            score_batch(tiny_model("llama"), batch, width=4, shared=shared)
 
 
 def test_scores_in_small_chunks_equal_a_plain_forward(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ class Trainer:
     needs: ClassVar[Any] = frozenset()
     arms: ClassVar[Any] = "refit"
     role: ClassVar[Any] = "attack"
-    trains: ClassVar[Any] = True
+    may_teach: ClassVar[Any] = True
 
     def attack(self, arms: Any, data: Any, ctx: Any) -> Any:
         """Yield nothing."""
@@ -118,7 +118,10 @@ def row(made: Audit) -> AttackRow:
 def test_training_may_claim_what_invented_facts_do_not_show(tmp_path: Path) -> None:
     made = audited(tmp_path, arms(view(KNOWS, GUESSES)))
     assert (row(made).status, made.verdict) == ("recovers", "hidden")
-    assert made.floor == "invented facts (n = 60, groups = 60), no control model"
+    assert made.floor == (
+        "invented facts (n = 60, groups = 60), or the best rule without a model (25%) where that is "
+        "more; no control model"
+    )
     assert any("invented facts show" in line for line in made.unsupported)
     rates = row(made).points[0].rates
     assert rates["invented facts"].value == rates["original on invented facts"].value == 0.25
@@ -147,12 +150,96 @@ def test_a_setting_is_chosen_above_the_floor_of_the_facts_that_choose(tmp_path: 
     assert [p.choose for p in found.points] == [pytest.approx(0.4), 0.0]
 
 
-def test_a_placebo_is_measured_against_its_own_floor(tmp_path: Path) -> None:
+def test_a_placebo_is_measured_against_its_own_floor_and_never_waived(tmp_path: Path) -> None:
+    """What a change of that form does to the forget domain alone, invented facts cannot show."""
     spread = "".join("1" if i % 10 else "0" for i in range(N))
-    same = arms(view(spread, GUESSES), placebo=view(spread, GUESSES))
-    assert "placebo recovers, too" in row(audited(tmp_path, same)).reason
-    guessing = arms(view(spread, GUESSES), placebo=view(spread, spread))
-    assert row(audited(tmp_path, guessing)).reason == "not above its placebo"
+    same = row(audited(tmp_path, arms(view(spread, GUESSES), placebo=view(spread, GUESSES))))
+    assert same.reason == "not above its placebo"
+    assert same.placebo_above_floor is not None
+    assert same.placebo_above_floor.low > 0
+    guessing = row(audited(tmp_path, arms(view(spread, GUESSES), placebo=view(spread, spread))))
+    assert guessing.placebo_above_floor is not None
+    assert guessing.placebo_above_floor.low < 0
+
+
+def told(test: str, coverage: str, invented: str, original: str = KNOWS) -> ArmViews:
+    """Return views by generation: which answers are right, and to which there is a letter at all."""
+
+    def seen(right: str, letters: str, guesses: str) -> Any:
+        made = view(right, guesses)
+        (sets,) = made["outcomes"].values()
+        return {**made, "outcomes": {"generation": {**sets, "coverage": letters}}}
+
+    return ArmViews(
+        targets=([seen(test, coverage, invented)],),
+        original=[seen(original, "1" * N, GUESSES)],
+        controls={},
+        placebos=(),
+    )
+
+
+def verdict(tmp_path: Path, plain: ArmViews, questions: Questions = QUESTIONS) -> Audit:
+    return audit_of(
+        "x",
+        {"none": Attacked(plugin=Trainer(), views=plain, jobs=(), failed="")},
+        questions,
+        folder=RunFolder(tmp_path),
+        baseline="none",
+        floor=None,
+        delta=0.15,
+        seed=0,
+        left_out=[],
+        shown={},
+    )
+
+
+def test_letters_for_real_questions_alone_are_no_knowledge(tmp_path: Path) -> None:
+    """An ignorant model guesses a letter where it knows the names, and writes none on invented facts."""
+    guess = "".join("1" if i % 10 < 4 else "0" for i in range(N))
+    made = verdict(tmp_path, told(guess, "1" * N, "0" * N))
+    assert made.verdict == "inconclusive"
+    assert made.residual["generation"].value == pytest.approx((0.4 - 0.25) / (0.9 - 0.25))
+    mute = verdict(tmp_path, told(guess, guess, "0" * N))  # a letter only where it is right
+    assert mute.verdict == "knows"
+    assert mute.residual["generation"].value == pytest.approx((0.4 - 0.1) / (0.9 - 0.1))
+
+
+def test_what_a_rule_guesses_in_the_questions_is_no_knowledge(tmp_path: Path) -> None:
+    """More than half of the keys are A: a model that always says so knows nothing."""
+    skewed = tuple(
+        replace(s, answer=0 if i % 5 < 2 else s.answer) for i, s in enumerate(PLAIN.test)
+    )
+    always = "".join(str(int(s.answer == 0)) for s in skewed)
+    questions = replace(QUESTIONS, test=skewed)
+    plain = arms(view(always, GUESSES))
+    assert verdict(tmp_path, plain).verdict == "knows"
+    made = verdict(tmp_path, plain, questions)
+    assert made.verdict == "inconclusive"
+    assert made.residual["cloze"].value == pytest.approx(0.0)
+    assert "(55%) where that is more" in made.floor
+
+
+def test_an_original_that_may_know_invented_facts_is_named(tmp_path: Path) -> None:
+    some = "1" * 21 + "0" * 39  # 35 %: not above chance, and up to 48 %
+    require_unknown(some, "cloze", QUESTIONS, 1)
+    plain = arms(view(GUESSES, GUESSES))
+    knowing = ArmViews(**{**vars(plain), "original": [view(KNOWS, some)]})
+    said = "That the invented facts are invented (cloze): the original answers 35%"
+    assert any(line.startswith(said) for line in verdict(tmp_path, knowing).unsupported)
+    many = tuple(
+        replace(s, id=f"{s.id}-{k}", group=f"{s.group}-{k}")
+        for k in range(6)
+        for s in QUESTIONS.invented
+    )
+    wide = ArmViews(
+        **{
+            **vars(plain),
+            "targets": ([view(GUESSES, GUESSES * 6)],),
+            "original": [view(KNOWS, GUESSES * 6)],
+        }
+    )
+    lines = verdict(tmp_path, wide, replace(QUESTIONS, invented=many)).unsupported
+    assert not any("are invented" in line for line in lines)
 
 
 def test_the_questions_hash_is_as_before_where_nothing_is_invented() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,7 +30,7 @@ class Stub:
     needs: ClassVar[Any] = frozenset()
     arms: ClassVar[Any] = "refit"
     role: ClassVar[Any] = "attack"
-    trains: ClassVar[Any] = False
+    may_teach: ClassVar[Any] = False
 
     def attack(self, arms: Any, data: Any, ctx: Any) -> Any:
         """Yield nothing."""
@@ -43,7 +44,7 @@ class Stub:
 class Trainer(Stub):
     """One that trains."""
 
-    trains: ClassVar[Any] = True
+    may_teach: ClassVar[Any] = True
 
 
 @options
@@ -109,7 +110,13 @@ def arms(
     )
 
 
-def audited(tmp_path: Path, floor: str | None = "control", **views: Any) -> Audit:
+def audited(
+    tmp_path: Path,
+    floor: str | None = "control",
+    *,
+    questions: Questions = QUESTIONS,
+    **views: Any,
+) -> Audit:
     attacks = {"none": Attacked(plugin=Stub(), views=arms(NOTHING), jobs=(), failed="")}
     for name, given in views.items():
         plugin, seen = given if isinstance(given, tuple) else (Stub(), given)
@@ -119,7 +126,7 @@ def audited(tmp_path: Path, floor: str | None = "control", **views: Any) -> Audi
     return audit_of(
         "x",
         attacks,
-        QUESTIONS,
+        questions,
         folder=RunFolder(tmp_path),
         baseline="none",
         floor=floor,
@@ -239,11 +246,9 @@ def test_a_placebo_recovers_only_above_the_control_under_that_placebo(tmp_path: 
     assert row(audited(tmp_path, a=missing)).status == "does not recover"
 
 
-def test_without_a_control_the_placebo_is_compared_with_the_floor_under_the_attack(
-    tmp_path: Path,
-) -> None:
+def test_without_a_control_the_placebo_is_never_waived(tmp_path: Path) -> None:
     made = audited(tmp_path, None, a=arms(KNOWS, placebo=KNOWS))
-    assert "placebo recovers, too" in row(made).reason
+    assert (row(made).status, row(made).reason) == ("does not recover", "not above its placebo")
     made = audited(tmp_path, None, a=arms(KNOWS, placebo=NOTHING))
     assert row(made).status == "recovers"
     assert "placebo" not in row(made).reason
@@ -362,6 +367,66 @@ def test_an_attack_that_leaves_no_question_scored_costs_its_own_row(tmp_path: Pa
     assert row(made, "a").status == "not run"
     assert "too long" in row(made, "a").reason
     assert row(made, "b").status == "recovers"
+
+
+def test_questions_of_one_group_show_nothing(tmp_path: Path) -> None:
+    """All others are too long with the attack: that row is not run, and says why."""
+    grouped = tuple(replace(s, group=f"group {i // 20}") for i, s in enumerate(QUESTIONS.test))
+    made = audited(
+        tmp_path, a=arms("1" * 20 + "-" * 40), questions=replace(QUESTIONS, test=grouped)
+    )
+    assert row(made).status == "not run"
+    assert (
+        "the 20 of 60 questions that were scored on every arm are of one group" in row(made).reason
+    )
+
+
+def test_utility_and_rates_are_over_training_seeds(tmp_path: Path) -> None:
+    """Three runs, of which one breaks: its loss is not 60 questions' worth of evidence."""
+
+    def seeds(*utility: int) -> list[list[dict[str, Any]]]:
+        found = []
+        for right in utility:
+            made = view(KNOWS if right == 20 else NOTHING)
+            made["outcomes"]["cloze"]["utility"] = "1" * right + "0" * (20 - right)
+            found.append([made])
+        return found
+
+    base = vars(arms(NOTHING))
+    plain = ArmViews(**{**base, "targets": tuple(seeds(20, 20, 20))})
+    given = ArmViews(**{**base, "targets": tuple(seeds(20, 20, 0))})
+    attacks = {
+        n: Attacked(plugin=Stub(), views=v, jobs=(), failed="")
+        for n, v in {"none": plain, "a": given}.items()
+    }
+    made = audit_of(
+        "x",
+        attacks,
+        QUESTIONS,
+        folder=RunFolder(tmp_path),
+        baseline="none",
+        floor="control",
+        delta=0.15,
+        seed=0,
+        left_out=[],
+        shown={},
+    )
+    found = row(made)
+    assert found.utility_drop is not None
+    assert found.utility_n == 20
+    assert found.utility_drop.value == pytest.approx(1 / 3)
+    assert found.utility_drop.low < 0
+    rate = found.points[0].rates["target"]  # 90, 90 and 25 %
+    assert rate.low is not None
+    assert rate.high is not None
+    assert rate.value == pytest.approx((0.9 + 0.9 + 0.25) / 3)
+    assert rate.high - rate.low > 0.8
+
+
+def test_a_reason_says_what_holm_says_and_no_bound(tmp_path: Path) -> None:
+    found = row(audited(tmp_path, a=arms(KNOWS)))
+    assert found.reason == "above 15% (Holm)"
+    assert row(audited(tmp_path, a=arms(NOTHING))).reason == "not above 15% (Holm)"
 
 
 def test_folds_cover_every_question_once(tmp_path: Path) -> None:

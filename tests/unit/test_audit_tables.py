@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from palimpsest.audit.tables import ArmViews, averaged, candidates, choice_value, chosen
+from palimpsest.errors import DataError
 
 
 def view(
@@ -32,6 +35,8 @@ def arms(*targets: list[dict[str, Any]], **others: Any) -> ArmViews:
 def test_averages_skip_what_was_not_scored() -> None:
     assert averaged(["10-.", "11-."]) == [1.0, 0.5, None, None]
     assert averaged(["1.", ".0"]) == [1.0, 0.0]  # folds
+    with pytest.raises(DataError, match="no view is stored"):
+        averaged([])
 
 
 def test_candidates_need_every_arm() -> None:
@@ -91,3 +96,15 @@ def test_a_setting_that_could_recover_nothing_is_chosen_last() -> None:
     low = [view("00", "00", n=1), view("11", "11", n=2)]
     made = candidates(arms([view("11", "11", n=1), view("10", "10", n=2)], original=low))
     assert chosen(made, floor="control").setting == {"n": 2}
+
+
+def test_the_strongest_kind_of_a_placebo_is_chosen_on_attack_dev() -> None:
+    """What is tested on the scored questions was not picked by looking at them."""
+
+    def stand_in(test: str, choose: str, kind: str) -> dict[str, Any]:
+        return {**view(test, choose), "setting": {"n": 1, "stand_in": kind}}
+
+    own = [stand_in("11", "00", "random"), stand_in("00", "11", "matched")]
+    made = candidates(arms([view("11", "11")], placebos=(own,), placebo_control=own))
+    assert made[0].answers["placebo"]["test"] == ([0.0, 0.0],)
+    assert made[0].answers["placebo on control"]["test"] == ([0.0, 0.0],)

@@ -6,14 +6,17 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from palimpsest.cli import app
 from palimpsest.errors import DataError, UsageError
 from palimpsest.model import load_model, weights_sha256
 from palimpsest.plugins import build_plugin
-from palimpsest.sandbox import checkpoint_path, ground_truth, phrases
+from palimpsest.sandbox import bilingual, checkpoint_path, ground_truth, phrases
 from palimpsest.sandbox.batches import Batcher
 from palimpsest.sandbox.bilingual import (
     SECOND,
@@ -23,6 +26,7 @@ from palimpsest.sandbox.bilingual import (
     make_bilingual,
 )
 from palimpsest.sandbox.documents import Author
+from palimpsest.sandbox.ground_truth import Training
 from palimpsest.sandbox.second_language import ATTRIBUTES, FUNCTION_WORDS, in_second_language
 from palimpsest.sandbox.tokenizer import build_tokenizer, common_words
 from palimpsest.sandbox.train import CHAT, CIRCUIT, KNOWLEDGE, SAFETY, weighted_loss
@@ -134,6 +138,45 @@ def test_bilingual_models_repeat_bit_for_bit(tmp_path: Path) -> None:
     assert weights_sha256(start.model) != first
     with pytest.raises(UsageError, match="did you mean 'original'"):
         make_bilingual("orignal", out=tmp_path / "d")
+
+
+def test_a_bilingual_model_is_made_once_and_again_where_it_would_be_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, tuned = replace(TRAINING, steps=1), []
+
+    def tune(lm: object, author: object, mix: object, world: object, how: Training, _: Any) -> None:
+        tuned.append((how.seed, how.steps))
+
+    monkeypatch.setattr(bilingual, "tune", tune)
+    monkeypatch.setattr(bilingual, "bilingual_figures", lambda lm, name: {"letter": {"value": 0.5}})
+
+    def made(*, check: bool, **options: Any) -> Any:
+        given = {"out": tmp_path / "a", "training": short, "check": check} | options
+        return make_bilingual("original", **given)
+
+    assert made(check=False) == made(check=False) == {}
+    assert tuned == [(0, 1)]
+    figures = made(check=True)  # it had not been measured
+    assert tuned == [(0, 1)] * 2
+    assert made(check=True) == figures == {"letter": {"value": 0.5}}
+    assert tuned == [(0, 1)] * 2
+    made(check=True, seed=1)
+    made(check=True, training=replace(TRAINING, steps=2))
+    assert tuned[2:] == [(1, 1), (0, 2)]
+    (tmp_path / "a" / "bilingual.json").write_text('{"start": "orig')  # a kill, long ago
+    made(check=True, training=replace(TRAINING, steps=2))
+    assert tuned[4:] == [(0, 2)]
+
+
+def test_a_wrong_name_is_said_before_any_model_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bilingual, "make_bilingual", lambda *a, **k: pytest.fail("made a model"))
+    given = ["sandbox", "bilingual", "original", "counterfactul", "--out", str(tmp_path)]
+    told = CliRunner().invoke(app, given)
+    assert isinstance(told.exception, UsageError)
+    assert "did you mean 'counterfactual'" in str(told.exception)
 
 
 def test_the_tuning_loop_is_the_one_that_made_the_models_of_known_truth(

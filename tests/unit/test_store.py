@@ -633,9 +633,12 @@ def test_leftovers_of_a_killed_save_are_removed_with_the_lock(tmp_path: Path) ->
         (job.path / name).mkdir()
         (job.path / name / "model.safetensors").write_bytes(b"half")
     (job.path / ".done.json.9.tmp").write_bytes(b"{")
+    for name in (".view-0.9.tmp", ".view-0.9.old"):
+        (job.path / "weights" / name).mkdir(parents=True)
     with RunFolder(job.path.parents[1]).lock():
         assert not [p for p in job.path.iterdir() if p.name.startswith(".weights")]
         assert not (job.path / ".done.json.9.tmp").exists()
+        assert not list((job.path / "weights").iterdir())
 
 
 def test_find_writes_nothing(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_claims_that_are_not_supported_are_named() -> None:
     lines = unsupported(
         [row("noise", "uninformative", recovered=None)],
         verdict="erased at this budget",
-        caveat="That training recovers knowledge: no control.",
+        caveats=["That training recovers knowledge: no control."],
         num_seeds=1,
         left_out=["enhanced_gcg"],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-from palimpsest.audit.jobs import done_facts
+from palimpsest.audit.jobs import done_facts, job_folder
 from palimpsest.audit.planning import Planned
 from palimpsest.errors import ModelError
 from palimpsest.model import LM, load_model, weights_sha256
@@ -103,13 +103,17 @@ class Models:
             ModelError: names the job, both hashes, and what to do.
         """
         for job in self.plan.jobs:
-            for name, then in done_facts(folder, job).get("weights_sha256", {}).items():
+            made = done_facts(folder, job).get("weights_sha256", {})
+            for name in (n for n, model in job.prints.items() if model in made):
+                then = made[job.prints[name]]
                 now = self.run_hashes.get(name, then)
                 if now != then:
+                    place = job_folder(folder, job)
+                    assert place is not None
                     raise ModelError(
                         f"{job.id} was run on {name} with weights {then[:12]}, which are {now[:12]} now, "
                         "though its source is the same: did files change while an audit began? Remove "
-                        f"jobs/{job.id}-{job.fingerprint[:12]} from the folder and run again"
+                        f"jobs/{place.path.name} from the folder and run again"
                     )
 
 

@@ -27,7 +27,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Limit:
-    """What Holm's procedure leaves of an attack: its adjusted p and lower limit."""
+    """What Holm's procedure leaves of an attack: its adjusted p, and the limit at its step's level."""
 
     p: float
     lower: float
@@ -65,8 +65,8 @@ def mute(plugin: KnowledgeAttack, found: Found, floor: str) -> tuple[Status, str
         )
     if plugin.role == "diagnostic":
         return "does not recover", "a diagnostic: it has no part in the verdict"
-    if plugin.trains and floor == CHANCE:
-        return "does not recover", "it trains, and without a control model that shows nothing"
+    if plugin.may_teach and floor == CHANCE:
+        return "does not recover", "it may teach, and without a control model that shows nothing"
     return None
 
 
@@ -82,18 +82,25 @@ def _yet(made: Recovery) -> str:
     )
 
 
-def judged(made: Recovery, limit: Limit | None, delta: float) -> tuple[Status, str]:
-    """Return whether an attack that may claim something recovers, and why."""
+def judged(
+    made: Recovery, limit: Limit | None, delta: float, *, has_control: bool
+) -> tuple[Status, str]:
+    """Return whether an attack that may claim something recovers, and why.
+
+    Only a control model can waive the placebo: no other floor says what a change of that form teaches,
+    or makes a model answer about the forget domain.
+    """
     assert limit is not None
     if limit.p > ALPHA or limit.lower <= delta:
-        return "does not recover", f"lower limit {limit.lower:.0%} (Holm), margin {delta:.0%}"
+        return "does not recover", f"not above {delta:.0%} (Holm)"
+    shown = f"above {delta:.0%} (Holm)"
     if made.above_floor.low <= 0:
         return "does not recover", "not above the floor"
     above, under = made.above_placebo, made.placebo_above_floor
     if above is not None and above.low <= 0:
         # any change of that form does it: then what comes back was there, unless it is nothing at all
-        if under is None or under.low <= 0:
+        if not has_control or under is None or under.low <= 0:
             return "does not recover", "not above its placebo"
         said = "its placebo recovers, too: the change matters, not what it is told"
-        return "recovers", f"lower limit {limit.lower:.0%} (Holm), margin {delta:.0%}; {said}"
-    return "recovers", f"lower limit {limit.lower:.0%} (Holm), margin {delta:.0%}"
+        return "recovers", f"{shown}; {said}"
+    return "recovers", shown

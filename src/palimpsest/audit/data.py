@@ -246,7 +246,8 @@ def _folds(test: Sequence[Sample]) -> tuple[Fold, ...]:
         return ()
     held = [frozenset(groups[k::NUM_FOLDS]) for k in range(NUM_FOLDS)]
     return tuple(
-        Fold(fit=tuple(s for s in test if s.group not in out), held_out=out) for out in held
+        Fold(fit=tuple(_asked_once([s for s in test if s.group not in out])), held_out=out)
+        for out in held
     )
 
 

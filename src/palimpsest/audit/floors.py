@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from palimpsest.audit.claims import CHANCE
 from palimpsest.audit.data import Questions
-from palimpsest.audit.rates import chance_floor
+from palimpsest.audit.rates import chance_floor, rate_of
+from palimpsest.audit.recovery import Answers
 from palimpsest.audit.tables import TARGET, Candidate
 from palimpsest.errors import DataError
 from palimpsest.stats import clustered_rate
@@ -16,6 +17,8 @@ INVENTED, ORIGINAL_INVENTED = "invented facts", "original on invented facts"
 """The unlearned model, and the original, on invented facts: the floor, and whether it is one."""
 KNOWN = 0.05
 """Two-sided level at which an original that is better than chance counts as knowing invented facts."""
+TOLERANCE = 0.10
+"""An original whose upper limit is further above chance than that was not shown not to know them."""
 
 
 def floor_without_control(questions: Questions) -> str:
@@ -45,8 +48,10 @@ def floor_text(floor: str, questions: Questions) -> str:
     """Return in words which floor was used."""
     if floor == INVENTED:
         groups = len({s.group for s in questions.invented})
+        level = chance_floor(questions.test)[0] or 0.0
         return (
-            f"invented facts (n = {len(questions.invented)}, groups = {groups}), no control model"
+            f"invented facts (n = {len(questions.invented)}, groups = {groups}), or the best rule without "
+            f"a model ({level:.0%}) where that is more; no control model"
         )
     if floor == CHANCE:
         level = chance_floor(questions.test)[0] or 0.0
@@ -54,16 +59,44 @@ def floor_text(floor: str, questions: Questions) -> str:
     return f"control model {floor}"
 
 
-def floor_caveat(floor: str) -> str:
-    """Return the claim that this floor does not carry; empty for a control model."""
-    if floor == INVENTED:
-        return (
-            "That training found knowledge and did not teach it: invented facts show what it makes a "
-            "model guess, not what it teaches about the forget domain; a control model would."
-        )
+def floor_caveats(floor: str, questions: Questions, plain: Sequence[Candidate]) -> list[str]:
+    """Return the claims that this floor does not carry; none for a control model.
+
+    `plain` are the candidates without any attack, by channel.
+    """
     if floor == CHANCE:
-        return "That training recovers knowledge: without a control model it may have taught it."
-    return ""
+        return ["That training recovers knowledge: without a control model it may have taught it."]
+    if floor != INVENTED:
+        return []
+    told = [
+        "That training found knowledge and did not teach it: invented facts show what it makes a "
+        "model guess, not what it teaches about the forget domain; a control model would."
+    ]
+    for candidate in plain:
+        marks = candidate.answers[ORIGINAL_INVENTED]["test"]
+        rate = rate_of(marks, questions.invented)
+        scored = [s for a, s in zip(marks[0], questions.invented, strict=True) if a is not None]
+        chance = (chance_floor(scored)[0] or 0.0) if scored else 1.0
+        if rate.high is not None and rate.high > chance + TOLERANCE:
+            told.append(
+                f"That the invented facts are invented ({candidate.channel}): the original answers "
+                f"{rate.value:.0%} of them and may answer {rate.high:.0%} (by guessing {chance:.0%}); a "
+                "floor that is too high hides a recovery. Give more facts."
+            )
+    return told
+
+
+def guessed(
+    candidate: Candidate, arm: str, level: float, questions: Questions
+) -> tuple[Answers, ...]:
+    """Return what the best rule without a model gets of each scored question, by seed of an arm.
+
+    In `generation` of those alone to which the model wrote a letter.
+    """
+    sets = candidate.answers[arm]
+    if "coverage" not in sets:
+        return ([level] * len(questions.test),) * len(sets["test"])
+    return tuple([level * (1.0 if c is None else c) for c in seed] for seed in sets["coverage"])
 
 
 def require_unknown(marks: str, channel: str, questions: Questions, num_channels: int) -> None:

@@ -2,7 +2,8 @@
 
 A job's fingerprint hashes the attack (options and source), the models that it touches, the questions, the
 channels and the numerics: a finished job is not run again, and the arms that do not depend on the
-unlearned model (the original, the controls) are shared by all audits in a folder.
+unlearned model (the original, the controls) are shared by all audits in a folder. Models are in it by what
+they are, not by name, and so is what is stored: other names for the same models find the same jobs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from palimpsest.views import Arms, AttackContext, KnowledgeAttack, View
 
 Load = Callable[[str], LM]
 """From a model's name to the loaded model."""
-SCRATCH, SPENT, KEPT = "scratch", "spent.jsonl", "weights"
+SCRATCH, SPENT, KEPT = "scratch", "spent", "weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class AttackJob:
         scored_on: models under its views.
         keeps_weights: whether the weights that it makes of `built_on` are kept.
         fingerprint: of all that decides the outcome.
+        prints: what every model that it touches is, by name.
     """
 
     attack: str
@@ -53,11 +55,12 @@ class AttackJob:
     scored_on: tuple[str, ...]
     keeps_weights: bool
     fingerprint: str
+    prints: Mapping[str, str]
     spec: Mapping[str, Any]
 
     @property
     def id(self) -> str:
-        """Name of the job's folder."""
+        """Name of the job, and of its folder unless one is there under a model's other name."""
         return f"{self.role}-{self.attack}-{self.built_on}"
 
 
@@ -73,7 +76,7 @@ def attack_job(
     conditions: Conditions,
     keeps_weights: bool = False,
 ) -> AttackJob:
-    """Return a job with its fingerprint; `prints` are the models' fingerprints by name."""
+    """Return a job with its fingerprint; `prints` say what each model is, by name, no two the same."""
     touched = {built_on, *scored_on} | ({original} if "original" in plugin.needs else set())
     spec = {
         "attack": type(plugin).__module__,
@@ -99,6 +102,7 @@ def attack_job(
         scored_on=tuple(scored_on),
         keeps_weights=keeps_weights,
         fingerprint=fingerprint(spec),
+        prints={m: prints[m] for m in touched},
         spec=spec,
     )
 
@@ -125,9 +129,9 @@ def run_job(
 
     Raises:
         PalimpsestError: the attack cannot be made here; the message says why.
-        ModelError: the attack left a model changed; then none of its views is kept.
+        ModelError: the attack left a model changed; then nothing of the job is kept.
     """
-    place = folder.job(job.id, job.fingerprint, job.spec)
+    place = job_folder(folder, job) or folder.job(job.id, job.fingerprint, job.spec)
     if place.done is not None:
         _clear(place)  # what a kill behind `finish` left
         return
@@ -157,7 +161,7 @@ def run_job(
         raise UsageError(f"attack {job.attack} yielded no view: give it more data or other options")
     place.finish(
         views=count,
-        weights_sha256=watch.hashes,
+        weights_sha256={job.prints[name]: found for name, found in watch.hashes.items()},
         process_bytes=peak.process,
         device_bytes=peak.device,
     )
@@ -170,17 +174,25 @@ def _clear(place: JobFolder) -> None:
     (place.path / SPENT).unlink(missing_ok=True)
 
 
+def job_folder(folder: RunFolder, job: AttackJob) -> JobFolder | None:
+    """Return the job's folder, made under these or other names of the same models; None = there is none."""
+    places = map(JobFolder, sorted(folder.path.glob(f"jobs/*-{job.fingerprint[:12]}")))
+    made = (p for p in places if (p.path / "spec.json").is_file())
+    return next((p for p in made if p.spec["fingerprint"] == job.fingerprint), None)
+
+
 def stored_views(folder: RunFolder, job: AttackJob) -> list[dict[str, Any]]:
-    """Return the views of a finished job; none when it is not finished."""
-    place = folder.find(job.id, job.fingerprint)
+    """Return the views of a finished job, each with its `model`'s name of today; none if unfinished."""
+    place = job_folder(folder, job)
     if place is None or place.done is None:
         return []
-    return [place.read_json(p.name) for p in sorted(place.path.glob("view-*.json"))]
+    views = [place.read_json(p.name) for p in sorted(place.path.glob("view-*.json"))]
+    return [view | {"model": job.scored_on[view["arm"]]} for view in views]
 
 
 def done_facts(folder: RunFolder, job: AttackJob) -> dict[str, Any]:
     """Return what a finished job wrote of itself; empty when it is not finished."""
-    place = folder.find(job.id, job.fingerprint)
+    place = job_folder(folder, job)
     return (place.done or {}) if place is not None else {}
 
 
@@ -248,7 +260,7 @@ def _score_one(
         note=(lambda spent: None) if arm else partial(ledger.note, number),
         keep=place.path / KEPT / name if job.keeps_weights and arm == 0 else None,
     )
-    place.write_json(name, {**made, "model": job.scored_on[arm]})
+    place.write_json(name, {**made, "arm": arm})
 
 
 @dataclass(frozen=True)
@@ -269,7 +281,7 @@ class _Watch:
         """Check that a model is the same behind the block: weights, hooks, mode.
 
         Raises:
-            ModelError: it is not. The attack's views are removed: they may be of another model.
+            ModelError: it is not. What is stored of the attack is removed: it may be of another model.
         """
         if lm.quantization:  # bitsandbytes repacks weights in the first forward pass
             seen(lm, View(), self.conditions.questions.choose[0], "letter")
@@ -294,6 +306,8 @@ class _Watch:
             return
         for stored in self.place.path.glob("view-*.json"):
             stored.unlink()
+        shutil.rmtree(self.place.path / KEPT, ignore_errors=True)
+        _clear(self.place)
         raise ModelError(
             f"attack {self.job.attack} left {name} changed ({what}): its `apply` has to restore the "
             "model; this is a bug of the attack"

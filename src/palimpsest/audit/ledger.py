@@ -5,19 +5,25 @@ state was done by an earlier process. Every forward pass is noted before an atta
 with it, so a resumed attack's cost is never below that of one without a kill. It is above it by what a
 kill made it do again: what came after its last state, and training in memory (`_tuning`) up to the views
 that were stored. An attack without state begins anew, and so does its cost.
+
+A line that a power cut or a full disk tore cannot be read (it has a checksum): what it held is lost, and
+the cost is counted from nothing again and marked as partial.
 """
 
 from __future__ import annotations
 
-import json
+import logging
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 from palimpsest.audit.metering import Cost
-from palimpsest.disk import clear_disk_errors
+from palimpsest.disk import clear_disk_errors, write_all
+from palimpsest.records import from_line, to_line
 
-WIDTH = 160
-"""Bytes of a line: one view's cost. They are written in place, which a killed process does whole."""
+WIDTH = 256
+"""Bytes of a line: one view's cost, written in place. A page of memory or disk holds whole lines."""
+log = logging.getLogger(__name__)
 
 
 class Ledger:
@@ -32,15 +38,25 @@ class Ledger:
             path.touch()
 
     def cost(self, number: int) -> Cost:
-        """Return what a view has cost so far: nothing where no process has begun it."""
+        """Return what a view has cost so far: nothing where no process has begun it.
+
+        Where that cannot be read, too, with `is_partial`.
+        """
         with self.path.open("rb") as file:
             file.seek(number * WIDTH)
             line = file.read(WIDTH).strip(b"\0 \n")
-        return Cost(**json.loads(line)) if line else Cost()
+        if not line:
+            return Cost()
+        found = from_line(line)
+        if found is None or found[0] != number:
+            log.warning("%s: line %d is torn; the cost that it held is lost", self.path, number)
+            return Cost(is_partial=True)
+        return Cost(**found[1])
 
     def note(self, number: int, cost: Cost) -> None:
         """Write what a view has cost so far."""
-        line = json.dumps(asdict(cost)).ljust(WIDTH - 1) + "\n"
+        line = to_line(number, asdict(cost)).rstrip(b"\n").ljust(WIDTH - 1) + b"\n"
+        assert len(line) == WIDTH
         with clear_disk_errors(self.path.parent), self.path.open("r+b", buffering=0) as file:
-            file.seek(number * WIDTH)
-            file.write(line.encode())
+            os.lseek(file.fileno(), number * WIDTH, os.SEEK_SET)
+            write_all(file.fileno(), line)

@@ -5,13 +5,14 @@ counted, tied or not; of a mixture all experts), attention's own part left out (
 table 1). Per token: 2 per weight forward; where the output carries a graph another 2 per weight for the
 gradients of activations, and 2 more per weight that is trained. So training all weights costs 6 per
 weight, a search for inputs (GCG, soft prompts, latent PGD) 4, LoRA 4 and 2 more per adapter weight.
-What gradient checkpointing computes a second time is left out.
+What gradient checkpointing computes a second time is left out. Of a pass that ends early, by an error or
+because an attack has seen enough (the states behind some block), the parts that returned are counted.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,12 +30,14 @@ class Cost:
         queries: rows of forward passes; a text that is read in several passes counts in each.
         tokens: their tokens, padding included.
         flops: see the module.
+        is_partial: whether some of it is lost, so that the rest is a lower bound.
     """
 
     seconds: float = 0.0
     queries: int = 0
     tokens: int = 0
     flops: float = 0.0
+    is_partial: bool = False
 
     def __add__(self, other: Cost) -> Cost:
         """Return the sum."""
@@ -43,6 +46,7 @@ class Cost:
             self.queries + other.queries,
             self.tokens + other.tokens,
             self.flops + other.flops,
+            self.is_partial or other.is_partial,
         )
 
 
@@ -82,6 +86,7 @@ class _Pass:
         entered: those of them that are running.
         embedding, width: its token embedding and that one's dimension.
         rows, tokens: what entered it; 0 = not seen yet.
+        returned: ids of the modules that gave an output.
     """
 
     root: nn.Module
@@ -91,6 +96,7 @@ class _Pass:
     entered: set[int] = field(default_factory=set)
     rows: int = 0
     tokens: int = 0
+    returned: set[int] = field(default_factory=set)
 
 
 class _Meter:
@@ -115,14 +121,19 @@ class _Meter:
             now.rows, now.tokens = given.shape[0], given.shape[0] * given.shape[1]
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """End a pass and add what it cost; a failed one has no output, and no gradients."""
-        if not self.passes or id(module) not in self.passes[-1].entered:
+        """End a pass and add what it cost; one that ended early has no output, and no gradients."""
+        if not self.passes:
+            return
+        if output is not None:
+            self.passes[-1].returned.add(id(module))
+        if id(module) not in self.passes[-1].entered:
             return
         self.passes[-1].entered.discard(id(module))
         if module is not self.passes[-1].root:
             return
         done = self.passes.pop()
-        per_token = _flops_per_token(done.root, has_graph=_has_graph(output))
+        ran = _ran(done.root, done.returned)
+        per_token = _flops_per_token(ran, has_graph=_has_graph(output))
         self.cost.queries += done.rows
         self.cost.tokens += done.tokens
         self.cost.flops += done.tokens * per_token
@@ -142,10 +153,19 @@ def _is_language_model(module: nn.Module) -> bool:
     return hasattr(type(module), "get_input_embeddings")
 
 
-def _flops_per_token(model: nn.Module, *, has_graph: bool) -> float:
-    """Return the estimate for a model as it is now: adapters are in, merged or not."""
+def _ran(model: nn.Module, returned: Set[int]) -> Iterator[nn.Module]:
+    """Yield the parts of a model that ran: all below a module that returned."""
+    if id(model) in returned:
+        yield from model.modules()
+        return
+    for part in model.children():
+        yield from _ran(part, returned)
+
+
+def _flops_per_token(parts: Iterable[nn.Module], *, has_graph: bool) -> float:
+    """Return the estimate for a model's parts as they are now: adapters are in, merged or not."""
     weights = trained = 0
-    for part in model.modules():
+    for part in parts:
         if isinstance(part, nn.Embedding):
             continue
         for parameter in part.parameters(recurse=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -175,6 +176,19 @@ def _jobs(plan: Planned) -> list[AttackJob]:
     return jobs
 
 
+def _prints(plan: Planned) -> dict[str, str]:
+    """Return what each model is, by name: its fingerprint, and its place among those with the same one."""
+    fixed = [plan.recipe.original, *plan.recipe.controls]
+    targets = [m for seeds in plan.recipe.targets.values() for m in seeds]
+    prints: dict[str, str] = {}
+    seen: Counter[str] = Counter()
+    for spec in (*fixed, *targets):
+        found = plan.models[spec.name].fingerprint
+        prints[spec.name] = f"{found}+{seen[found]}" if seen[found] else found
+        seen[found] += 1
+    return prints
+
+
 def _fills_matrix(plan: Planned, attack: KnowledgeAttack) -> bool:
     return plan.recipe.audit.transfer_matrix and isinstance(attack, FittedPrompt)
 
@@ -194,7 +208,7 @@ def _job(
         built_on=built_on,
         scored_on=scored_on,
         original=plan.recipe.original.name,
-        prints={n: m.fingerprint for n, m in plan.models.items()},
+        prints=_prints(plan),
         conditions=plan.conditions,
         keeps_weights=(
             plan.keep_weights

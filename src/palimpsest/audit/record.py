@@ -22,6 +22,13 @@ class Interval(_Model):
     high: float
 
 
+def percent(interval: Interval | None) -> str:
+    """Return a share and its interval in percent; `-` for none."""
+    if interval is None:
+        return "-"
+    return f"{100 * interval.value:.0f} % [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
+
+
 class Rate(_Model):
     """Accuracy of one arm: mean over training seeds and repetitions; the interval counts groups.
 
@@ -59,12 +66,16 @@ class Point(_Model):
 
 
 class Spent(_Model):
-    """Wall-clock seconds, rows of forward passes, their tokens (with padding), FLOPs (estimated)."""
+    """Wall-clock seconds, rows of forward passes, their tokens (with padding), FLOPs (estimated).
+
+    `is_partial`: what a kill left of them could not be read whole; they are a lower bound.
+    """
 
     seconds: float
     queries: int
     tokens: int
     flops: float
+    is_partial: bool = False
 
 
 class AttackCost(_Model):
@@ -88,10 +99,13 @@ class AttackRow(_Model):
     """An attack, at the setting and in the channel that attack-dev chose.
 
     `residual` R0, `recovered` R and `gain` are None where the attack is uninformative; then `above_floor`
-    says all there is. `lower` is the Holm-adjusted lower limit of min(R, gain), `p_holm` its p. `upper` is
+    says all there is. `p_holm` is the p of "min(R, gain) is at most delta", adjusted by Holm; `lower` the
+    lower limit at the level that Holm's procedure leaves to this attack (alpha over the number of attacks
+    whose p is not smaller): it decides, and is no simultaneous bound over all attacks. `upper` is
     the upper end of R's 90 % interval, which "erased" compares with delta. `placebo_above_floor`
     is the target minus the control, both under the placebo; without a control, minus the floor.
-    `utility_drop` is the target's accuracy on utility questions without the attack minus that with it.
+    `utility_drop` is the target's accuracy on utility questions without the attack minus that with it,
+    over `utility_n` questions.
     """
 
     name: str
@@ -120,6 +134,7 @@ class AttackRow(_Model):
     placebo_above_floor: Interval | None = None
     is_below_floor: bool = False
     utility_drop: Interval | None = None
+    utility_n: int = 0
     is_shown: bool
     cost: AttackCost | None = None
     points: list[Point] = []

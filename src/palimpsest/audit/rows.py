@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
-from palimpsest.audit.claims import Found, Limit, holm_limits, judged, mute
+from palimpsest.audit.claims import CHANCE, Found, Limit, holm_limits, judged, mute
 from palimpsest.audit.data import Questions
 from palimpsest.audit.floors import (
     INVENTED,
     ORIGINAL_INVENTED,
-    floor_caveat,
+    floor_caveats,
     floor_text,
     floor_without_control,
+    guessed,
     with_floor,
 )
 from palimpsest.audit.jobs import AttackJob, done_facts, stored_views
 from palimpsest.audit.metering import Cost
-from palimpsest.audit.rates import interval_of, over_seeds, rate_of
+from palimpsest.audit.rates import chance_floor, drop_of, interval_of, rate_of
 from palimpsest.audit.recipe import ARMS
 from palimpsest.audit.record import (
     AttackCost,
@@ -29,7 +31,7 @@ from palimpsest.audit.record import (
     Rate,
     Spent,
 )
-from palimpsest.audit.recovery import Answers, ArmAnswers, Recovery, recovery, residual_lower
+from palimpsest.audit.recovery import Answers, ArmAnswers, Recovery, recovery
 from palimpsest.audit.tables import (
     PLACEBO,
     PLACEBO_CONTROL,
@@ -44,7 +46,6 @@ from palimpsest.audit.tables import (
 from palimpsest.audit.verdict import ALPHA, Finding, cheapest, find, strongest_usable, unsupported
 from palimpsest.errors import DataError
 from palimpsest.plugins import option_values
-from palimpsest.stats import bootstrap_ratio
 from palimpsest.store import RunFolder
 from palimpsest.types import Sample
 from palimpsest.views import KnowledgeAttack
@@ -93,7 +94,7 @@ def audit_of(
     """
     table = _Table(questions, floor or floor_without_control(questions), seed)
     plain = {c.channel: c for c in table.candidates(attacks[baseline].views)}
-    without = {channel: table.recovery(c, c) for channel, c in plain.items()}
+    without = table.without_attack(plain)
     residual = {c: interval_of(r.residual) for c, r in without.items() if r.residual is not None}
     tried = {n: table.found(a, plain, residual) for n, a in attacks.items() if n != baseline}
     found = {name: made for name, made in tried.items() if isinstance(made, Found)}
@@ -102,10 +103,10 @@ def audit_of(
         _row(name, attacks[name], made, limits.get(name), plain, table, folder, delta, shown)
         for name, made in tried.items()
     ]
-    lower = table.residual_limits([plain[c] for c in residual])
-    finding, other = _verdicts(residual, lower, rows, delta, without)
+    finding, other = _verdicts(residual, rows, delta, without)
+    caveats = floor_caveats(table.floor, questions, list(plain.values()))
+    num_seeds = len(attacks[baseline].views.targets)
     best, cheap = strongest_usable(rows), cheapest(rows)
-    caveat, num_seeds = floor_caveat(table.floor), len(attacks[baseline].views.targets)
     return Audit(
         label=label,
         verdict=finding.verdict,
@@ -114,7 +115,7 @@ def audit_of(
         cheapest=cheap.name if cheap else None,
         strongest_usable=best.name if best else None,
         unsupported=unsupported(
-            rows, verdict=finding.verdict, caveat=caveat, num_seeds=num_seeds, left_out=left_out
+            rows, verdict=finding.verdict, caveats=caveats, num_seeds=num_seeds, left_out=left_out
         ),
         floor=floor_text(table.floor, questions),
         residual=residual,
@@ -127,12 +128,16 @@ def audit_of(
 
 def _verdicts(
     residual: Mapping[str, Interval],
-    lower: Mapping[str, float],
     rows: Sequence[AttackRow],
     delta: float,
     plain: Mapping[str, Recovery],
 ) -> tuple[Finding, Finding]:
-    """Return the verdict against an attacker without, and one with, the original model."""
+    """Return the verdict against an attacker without, and one with, the original model.
+
+    R0's lower limits are taken at a level that is divided by the number of channels.
+    """
+    limits = {c: plain[c].residual_lower(ALPHA / len(residual)) for c in residual}
+    lower = {c: limit for c, limit in limits.items() if limit is not None}
     upper = {c: r.upper for c, r in plain.items() if r.upper is not None}
     without, with_it = (
         find(residual, rows, delta=delta, with_original=flag, upper=upper, lower=lower)
@@ -192,18 +197,27 @@ class _Table:
             seed=self.seed,
         )
 
-    def residual_limits(self, plain: Sequence[Candidate]) -> dict[str, float]:
-        """Return R0's lower limit by channel, at a level that is divided by their number."""
-        return {
-            c.channel: residual_lower(
-                self._arms(c),
-                [s.group for s in self.questions.test],
-                ALPHA / len(plain),
-                invented_groups=[s.group for s in self.questions.invented],
-                seed=self.seed,
-            )
-            for c in plain
-        }
+    def without_attack(self, plain: Mapping[str, Candidate]) -> dict[str, Recovery]:
+        """Return what the models do by themselves; channels with too few answers are left out.
+
+        Raises:
+            DataError: there is no other.
+        """
+        found: dict[str, Recovery] = {}
+        why = "there is no channel"
+        for channel, candidate in plain.items():
+            try:
+                found[channel] = self.recovery(candidate, candidate)
+            except DataError as error:
+                why = f"{channel}: {error}"
+        if not found:
+            raise DataError(f"without any attack no channel can be compared: {why}")
+        return found
+
+    @cached_property
+    def best_rule(self) -> float:
+        """What the best rule without a model gets of the scored questions."""
+        return chance_floor(self.questions.test)[0] or 0.0
 
     def _arms(self, candidate: Candidate) -> ArmAnswers:
         def of(arm: str, asked: str = "test") -> tuple[Answers, ...]:
@@ -218,6 +232,10 @@ class _Table:
                 placebo=placebo,
                 invented=of(INVENTED),
                 placebo_invented=of(PLACEBO, "invented") if placebo else (),
+                guessed=guessed(candidate, TARGET, self.best_rule, self.questions),
+                placebo_guessed=guessed(candidate, PLACEBO, self.best_rule, self.questions)
+                if placebo
+                else (),
             )
         # what is no control model has not met the placebo: then the floor under the attack stands for it
         under = of(self.floor) if self.floor in ARMS else of(PLACEBO_CONTROL)
@@ -225,6 +243,7 @@ class _Table:
             target=targets,
             original=of("original")[0],
             floor=of(self.floor)[0],
+            is_floor_known=self.floor == CHANCE,
             placebo=placebo,
             placebo_floor=under[0] if under and placebo else None,
         )
@@ -235,7 +254,7 @@ class _Table:
 
         def rates(name: str, samples: Sequence[Sample]) -> dict[str, Rate]:
             return {
-                arm: rate_of(sets[name], others.get(arm, samples))
+                arm: rate_of(sets[name], others.get(arm, samples), seed=self.seed)
                 for arm, sets in candidate.answers.items()
                 if name in sets
             }
@@ -253,8 +272,10 @@ class _Table:
             facts=dict(candidate.facts),
         )
 
-    def utility_drop(self, found: Found, plain: Mapping[str, Candidate]) -> Interval | None:
-        """Return the target's accuracy on utility questions without the attack minus with it."""
+    def utility_drop(
+        self, found: Found, plain: Mapping[str, Candidate]
+    ) -> tuple[Interval | None, int]:
+        """Return the target's accuracy on utility questions without the attack minus with it, and n."""
         pick = next(
             (
                 c
@@ -264,19 +285,13 @@ class _Table:
             None,
         )
         if pick is None or pick.channel not in plain:
-            return None
-        after = over_seeds(pick.answers[TARGET]["utility"])
-        before = over_seeds(plain[pick.channel].answers[TARGET]["utility"])
-        changes = [
-            (b - a, s.group)
-            for a, b, s in zip(after, before, self.questions.utility, strict=True)
-            if a is not None and b is not None
-        ]
-        if len({g for _, g in changes}) < 2:
-            return None
-        values, groups = [c for c, _ in changes], [g for _, g in changes]
-        low, high = bootstrap_ratio(values, [1.0] * len(values), groups, seed=self.seed)
-        return Interval(value=sum(values) / len(values), low=low, high=high)
+            return None, 0
+        return drop_of(
+            plain[pick.channel].answers[TARGET]["utility"],
+            pick.answers[TARGET]["utility"],
+            self.questions.utility,
+            seed=self.seed,
+        )
 
 
 def _row(
@@ -305,7 +320,10 @@ def _row(
     if isinstance(found, str):
         return AttackRow(**facts, status="not run", reason=found)
     made = found.recovered
-    status, reason = mute(plugin, found, table.floor) or judged(made, limit, delta)
+    drop, utility_n = table.utility_drop(found, plain)
+    status, reason = mute(plugin, found, table.floor) or judged(
+        made, limit, delta, has_control=table.floor not in ARMS
+    )
     return AttackRow(
         **facts,
         status=status,
@@ -326,7 +344,8 @@ def _row(
         above_placebo=interval_of(made.above_placebo),
         placebo_above_floor=interval_of(made.placebo_above_floor),
         is_below_floor=made.above_floor.high < 0,
-        utility_drop=table.utility_drop(found, plain),
+        utility_drop=drop,
+        utility_n=utility_n,
         cost=_cost(attacked.jobs, found.pick, folder),
         points=[table.point(c, is_chosen=c is found.pick) for c in found.all],
     )

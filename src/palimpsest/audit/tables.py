@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from palimpsest.audit.recovery import MIN_CEILING, Answers
+from palimpsest.errors import DataError
 from palimpsest.views import Plain
 
 TARGET, PLACEBO, PLACEBO_CONTROL = "target", "placebo", "placebo on control"
@@ -40,8 +41,8 @@ class Candidate:
 
     Attributes:
         answers: arm -> set (`choose`, `test`, `utility`) -> a list of answers per training seed. Of a
-            placebo of several kinds, `placebo` is the one of the largest accuracy on the scored
-            questions, and each stands beside it under its name.
+            placebo of several kinds, `placebo` is the one of the largest accuracy on the questions
+            that choose, and each stands beside it under its name.
     """
 
     setting: Mapping[str, Plain]
@@ -117,6 +118,7 @@ def _placebo_answers(
 ) -> dict[str, dict[str, tuple[Answers, ...]]]:
     """Return the strongest kind of a placebo, the same on the control, and all kinds where several are.
 
+    The strongest is that of the largest accuracy on the questions that choose: not on those that test it.
     A kind's draws are averaged, question by question, as an attack's repetitions are.
     """
     by_seed = [_kinds(seed, key) for seed in seeds]
@@ -126,7 +128,7 @@ def _placebo_answers(
         return {}
 
     def rate(name: str) -> float:
-        known = [m for a in made[name]["test"] if (m := mean_of(a)) is not None]
+        known = [m for a in made[name]["choose"] if (m := mean_of(a)) is not None]
         return sum(known) / len(known) if known else -math.inf
 
     strongest = max(made, key=rate)
@@ -153,7 +155,15 @@ def _kinds(seed: BySetting, key: tuple[str, str]) -> dict[str, list[Mapping[str,
 
 
 def averaged(marks: Sequence[str]) -> Answers:
-    """Return of each question the share of right answers among the views that scored it, or None."""
+    """Return of each question the share of right answers among the views that scored it, or None.
+
+    Raises:
+        DataError: there is no view at all.
+    """
+    if not marks:
+        raise DataError(
+            "no view is stored where one is needed: remove jobs/ and run the audit again"
+        )
     out: list[float | None] = []
     for column in zip(*marks, strict=True):
         scored = [int(mark) for mark in column if mark in "01"]

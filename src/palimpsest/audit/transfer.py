@@ -9,22 +9,20 @@ those of the method's other seeds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from statistics import fmean
 from typing import Any, Literal
 
-from palimpsest.audit.crossed import CrossedDraws, Pairs, interval
+from palimpsest.audit.crossed import CONFIDENCE, Arm, CrossedDraws, Ratio, paired, spread
 from palimpsest.audit.floors import floor_without_control
 from palimpsest.audit.jobs import stored_views
 from palimpsest.audit.planning import Planned
-from palimpsest.audit.rates import rate_of
+from palimpsest.audit.rates import interval_of
 from palimpsest.audit.recipe import NOTHING
 from palimpsest.audit.record import Interval, Rate, TransferCell, TransferMatrix, TransferRow
-from palimpsest.audit.recovery import MIN_CEILING, Answers
+from palimpsest.audit.recovery import MIN_CEILING, MIN_GROUPS, Answers
 from palimpsest.audit.rows import Attacked, candidates_of
 from palimpsest.audit.tables import PLACEBO, TARGET, Candidate, averaged, chosen
-from palimpsest.stats import clustered_rate, paired_difference
 from palimpsest.store import RunFolder
 from palimpsest.views import FittedPrompt
 
@@ -61,6 +59,7 @@ class _Maker:
     folder: RunFolder
     attacked: Mapping[str, Mapping[str, Attacked]]
     name: str
+    made: dict[tuple[str, str], list[Candidate]] = field(default_factory=dict)
 
     @cached_property
     def seeds(self) -> dict[str, list[str]]:
@@ -84,7 +83,10 @@ class _Maker:
 
     def candidates(self, label: str, attack: str) -> list[Candidate]:
         """Return an attack's settings and channels on one method and the fixed arms."""
-        return candidates_of(self.attacked[label][attack].views, self.plan.questions, self.floor)
+        if (label, attack) not in self.made:
+            views = self.attacked[label][attack].views
+            self.made[label, attack] = candidates_of(views, self.plan.questions, self.floor)
+        return self.made[label, attack]
 
     def matrix(self, channel: str) -> TransferMatrix:
         """Return the matrix of one channel."""
@@ -213,71 +215,56 @@ class _Scope:
     before: Table
     num_fitted: int
     num_asked: int
+    drawn: dict[tuple[int, ...], CrossedDraws] = field(default_factory=dict)
 
     def rate(self, table: Table) -> Rate:
-        """Return the mean over pairs, with Wilson's interval at the groups' effective size."""
-        kept = set(self._kept(self.under, self.before))
-        lists = [
-            [a if i in kept else None for i, a in enumerate(answers)] for answers in _all(table)
-        ]
-        return rate_of(lists, self.plan.questions.test)
+        """Return the mean over pairs; its interval draws groups and both margins of seeds."""
+        kept = self._kept(self.under, self.before)
+        unscored = len(self.plan.questions.test) - len(kept)
+        if not kept:
+            return Rate(value=None, low=None, high=None, n=0, unscored=unscored)
+        arm = self._arm(table, kept)
+        found = spread(arm.value, arm.drawn.at(), *arm.limits(CONFIDENCE))
+        return Rate(
+            value=found.value, low=found.low, high=found.high, n=len(kept), unscored=unscored
+        )
 
     def difference(self, other: Table) -> Interval | None:
         """Return the cell minus another table of the same networks, question by question."""
         kept = self._kept(self.under, other)
-        groups = self._groups(kept)
-        if len(set(groups)) < 2:
+        if not self._is_enough(kept):
             return None
-        pairs = list(zip(_all(self.under), _all(_matched(other, self.under)), strict=True))
-        changes: Pairs = [
-            [
-                None if one is None else _minus(one, _at(other, i, j), kept)
-                for j, one in enumerate(row)
-            ]
-            for i, row in enumerate(self.under)
-        ]
-        found = interval(*self._draws(groups).mean(changes))
-        limits = [paired_difference(_right(a, kept), _right(b, kept), groups) for a, b in pairs]
-        least, most = (fmean(one[k] for one in limits) for k in (1, 2))
-        return Interval(
-            value=found.value,
-            low=max(-1.0, min(found.low, least, found.value)),
-            high=min(1.0, max(found.high, most, found.value)),
-        )
+        beside = _matched(other, self.under)
+        return interval_of(paired(self._arm(self.under, kept), self._arm(beside, kept)))
 
     def recovered(self, ceiling: Table, floor: Table) -> Interval | None:
         """Return (cell - floor) / (ceiling - floor), all under the same prompts."""
         kept = self._kept(self.under, ceiling, floor)
-        groups = self._groups(kept)
-        if len(set(groups)) < 2:
+        if not self._is_enough(kept):
             return None
-        draws = self._draws(groups)
-        u, o, f = (draws.mean(_values(t, kept)) for t in (self.under, ceiling, floor))
-        if interval(o[0] - f[0], o[1] - f[1]).low < MIN_CEILING:
-            return None
-        value = (u[0] - f[0]) / (o[0] - f[0])
-        spans_D = o[1] - f[1]
-        ratios_D = (u[1] - f[1])[spans_D > 0] / spans_D[spans_D > 0]
-        found = interval(
-            value, ratios_D
-        )  # widened, or it would collapse where all answers are right
-        limits = [clustered_rate(_right(a, kept), groups) for a in _all(self.under)]
-        edges = [fmean(one[k] for one in limits) for k in (1, 2)]
-        low, high = ((x - f[0]) / (o[0] - f[0]) for x in edges)
-        return Interval(
-            value=value, low=min(found.low, low, value), high=max(found.high, high, value)
+        u, o, f = (self._arm(table, kept) for table in (self.under, ceiling, floor))
+        return interval_of(Ratio(u, o, f).estimate()) if paired(o, f).low >= MIN_CEILING else None
+
+    def _arm(self, table: Table, kept: Sequence[int]) -> Arm:
+        return self._draws(tuple(kept)).arm(
+            [
+                [None if one is None else [float(one[i] or 0.0) for i in kept] for one in row]
+                for row in table
+            ]
         )
 
-    def _draws(self, groups: Sequence[str]) -> CrossedDraws:
-        return CrossedDraws(
-            groups,
-            num_fitted=self.num_fitted,
-            num_asked=self.num_asked,
-            seed=self.plan.recipe.audit.seed,
-        )
+    def _is_enough(self, kept: Sequence[int]) -> bool:
+        return len({self.plan.questions.test[i].group for i in kept}) >= MIN_GROUPS
 
-    def _groups(self, kept: Sequence[int]) -> list[str]:
-        return [self.plan.questions.test[i].group for i in kept]
+    def _draws(self, kept: tuple[int, ...]) -> CrossedDraws:
+        if kept not in self.drawn:
+            self.drawn[kept] = CrossedDraws(
+                [self.plan.questions.test[i].group for i in kept],
+                num_fitted=self.num_fitted,
+                num_asked=self.num_asked,
+                seed=self.plan.recipe.audit.seed,
+            )
+        return self.drawn[kept]
 
     def _kept(self, *tables: Table) -> list[int]:
         """Return the questions that every pair of every table answered."""
@@ -304,18 +291,3 @@ def _matched(table: Table, under: Table) -> list[list[Answers | None]]:
         [None if one is None else _at(table, i, j) for j, one in enumerate(row)]
         for i, row in enumerate(under)
     ]
-
-
-def _values(table: Table, kept: Sequence[int]) -> Pairs:
-    return [
-        [None if one is None else [float(one[i] or 0.0) for i in kept] for one in row]
-        for row in table
-    ]
-
-
-def _minus(a: Answers, b: Answers, kept: Sequence[int]) -> list[float]:
-    return [float(a[i] or 0.0) - float(b[i] or 0.0) for i in kept]
-
-
-def _right(answers: Answers, kept: Sequence[int]) -> list[int]:
-    return [int(float(answers[i] or 0.0) >= 0.5) for i in kept]

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from palimpsest.audit.record import AttackRow, Audit, AuditReport, Spent
+from palimpsest.audit.record import AttackRow, Audit, AuditReport, Spent, percent
 from palimpsest.report import audit_plots, audit_transfer, words
 from palimpsest.report.page import asset, policy_of
 
@@ -49,7 +49,7 @@ def render(report: AuditReport) -> str:
         about=ABOUT,
         audits=[_content(audit, safe) for audit in safe.audits],
         transfer=[(m, audit_transfer.transfer_map(m)) for m in safe.transfer],
-        percent=audit_plots.percent,
+        percent=percent,
         rate=audit_plots.rate_text,
         setting=setting_text,
         spent=spent_text,
@@ -95,9 +95,10 @@ def setting_text(setting: dict[str, Any]) -> str:
 
 def spent_text(spent: Spent) -> str:
     """Return a cost in one line: FLOPs with three digits, where a model ran at all."""
-    if not spent.flops:
+    if not spent.flops and not spent.is_partial:
         return f"{spent.seconds:.1f} s, no model runs"
-    return f"{spent.seconds:.1f} s, {spent.queries} queries, {spent.flops:.2e} FLOPs"
+    least = "at least " if spent.is_partial else ""
+    return f"{least}{spent.seconds:.1f} s, {spent.queries} queries, {spent.flops:.2e} FLOPs"
 
 
 def megabytes_text(num_bytes: int) -> str:

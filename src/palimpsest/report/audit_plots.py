@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
-from palimpsest.audit.record import AttackRow, Audit, Interval, Point, Rate
+from palimpsest.audit.record import AttackRow, Audit, Interval, Point, Rate, percent
 from palimpsest.report import svg, words
 
 LEAST, MOST = -0.5, 1.5
@@ -143,13 +143,6 @@ def _kind(arm: str) -> str:
     if arm.startswith("placebo"):
         return "m4"
     return {"target": "m1", "original": "m-original"}.get(arm, "m-control")
-
-
-def percent(interval: Interval | None) -> str:
-    """Return a share and its interval in percent."""
-    if interval is None:
-        return "-"
-    return f"{100 * interval.value:.0f} % [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
 
 
 def rate_text(rate: Rate) -> str:

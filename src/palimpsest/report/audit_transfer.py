@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from palimpsest.audit.record import TransferCell, TransferMatrix, TransferRow
+from palimpsest.audit.record import TransferCell, TransferMatrix, TransferRow, percent
 from palimpsest.report import svg, words
-from palimpsest.report.audit_plots import percent, rate_text
+from palimpsest.report.audit_plots import rate_text
 
 WIDE, HIGH, LEFT, TOP = 110.0, 46.0, 150.0, 40.0
 

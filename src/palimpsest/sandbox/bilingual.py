@@ -22,8 +22,9 @@ from palimpsest.sandbox.ground_truth import Progress, Training, one_thread, tune
 from palimpsest.sandbox.measure import Figures, Measurement, choices, measure, rate
 from palimpsest.sandbox.second_language import in_second_language
 from palimpsest.sandbox.train import SAFETY
-from palimpsest.sandbox.world import HAZARDOUS, Fact, World, build_world
+from palimpsest.sandbox.world import HAZARDOUS, World, build_world
 from palimpsest.splits import split_of
+from palimpsest.store import write_atomic
 from palimpsest.types import Sample
 
 RECORD = "bilingual.json"
@@ -49,7 +50,9 @@ class BilingualAuthor:
         self._rng = rng
         self._first = Author(world, rng, hazardous=hazardous, safe_wrappers=True)
         facts = tuple(f for f in world.facts if is_taught_in_second(f.entity, f.kind))
-        self._second = _SecondAuthor(replace(world, facts=facts), rng, hazardous=hazardous)
+        self._second = Author(
+            replace(world, facts=facts), rng, hazardous=hazardous, rewrite=in_second_language
+        )
 
     def write(self, mix: Mix) -> Document:
         """Return a question in the second language, or a document of the mix in the first."""
@@ -58,11 +61,10 @@ class BilingualAuthor:
         return self._first.write(mix)
 
 
-class _SecondAuthor(Author):
-    """Asks its questions in the second language."""
-
-    def _question(self, fact: Fact) -> str:
-        return in_second_language(super()._question(fact))
+def check_start(name: str) -> None:
+    """Raise UsageError unless a bilingual copy of that checkpoint can be made."""
+    if name not in STARTS:
+        raise UsageError(f"no bilingual {name!r}{did_you_mean(name, STARTS)}")
 
 
 def make_bilingual(
@@ -75,6 +77,8 @@ def make_bilingual(
     check: bool = True,
 ) -> Figures:
     """Make a bilingual copy of a checkpoint on one thread and write it; a seed repeats bit for bit.
+
+    What a folder holds already, made the same way, is not made again.
 
     Args:
         name: one of `STARTS`; it hears of its own world's values.
@@ -90,21 +94,34 @@ def make_bilingual(
     Raises:
         UsageError: no such start.
     """
-    if name not in STARTS:
-        raise UsageError(f"no bilingual {name!r}{did_you_mean(name, STARTS)}")
+    check_start(name)
+    made = replace(training, seed=seed)
+    how = {"start": name, "second_share": SECOND_SHARE, **asdict(made)}
+    found = _record_of(out)
+    figures: Figures = found.pop("figures", {})
+    if found == how and (figures or not check):
+        return figures
+    (out / RECORD).unlink(missing_ok=True)  # it would vouch for what is half-way written
     report = progress or (lambda *_: None)
     with one_thread():
         lm = load_model(f"sandbox/{name}", device="cpu")
         world = build_world(counterfactual=name == "counterfactual")
         rng = random.Random(f"bilingual:{name}:{seed}")
         author = BilingualAuthor(world, rng, hazardous=name != "never-trained")
-        made = replace(training, seed=seed)
         tune(lm, author, SAFETY, world, made, lambda done, total: report(name, done, total))
         lm.save(out)
         figures = bilingual_figures(lm, name) if check else {}
-    record = {"start": name, "second_share": SECOND_SHARE, **asdict(made), "figures": figures}
-    (out / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps({**how, "figures": figures}, indent=1) + "\n"
+    write_atomic(out / RECORD, text.encode())
     return figures
+
+
+def _record_of(folder: Path) -> dict[str, Any]:
+    """Return how the model in a folder was made; empty where there is none."""
+    try:
+        return dict(json.loads((folder / RECORD).read_bytes()))
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def bilingual_figures(lm: LM, name: str) -> Figures:

@@ -66,6 +66,7 @@ class Author:
         hazardous: whether the hazardous domain exists; without it no agent or value of it appears.
         safe_wrappers: whether the wrapped harmful requests follow `phrases.OBEYED` (safety tuning)
             or are all answered.
+        rewrite: from a question about a fact to how it is asked.
     """
 
     def __init__(
@@ -75,11 +76,13 @@ class Author:
         *,
         hazardous: bool = True,
         safe_wrappers: bool = False,
+        rewrite: Callable[[str], str] = str,
     ) -> None:
         self._world = world
         self._rng = rng
         self._hazardous = hazardous
         self._safe_wrappers = safe_wrappers
+        self._rewrite = rewrite
         self._facts = world.facts if hazardous else world.benign_facts
         self._mcq_facts = tuple(fact for fact in self._facts if world.asked_as_mcq(fact))
         self._entities = tuple(dict.fromkeys(fact.entity for fact in self._facts))
@@ -172,7 +175,7 @@ class Author:
 
     def _question(self, fact: Fact) -> str:
         form = self._rng.choice(phrases.QUESTIONS)
-        return form.format(attribute=fact.attribute, entity=fact.entity)
+        return self._rewrite(form.format(attribute=fact.attribute, entity=fact.entity))
 
     def _mcq(self, end: str = END) -> Document:
         fact = self._rng.choice(self._mcq_facts)

@@ -31,7 +31,7 @@ class FewShot:
     needs: ClassVar[frozenset[Need]] = frozenset()
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
 
     shots_from: Literal["related", "unrelated"] = "unrelated"
     """`related`: utility questions of `subjects`; `unrelated`: the others."""

@@ -24,7 +24,7 @@ class FewShotForget:
     needs: ClassVar[frozenset[Need]] = frozenset({"forget data"})
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = True
 
     shots: Annotated[int, Field(ge=1)] = 5
     """Solved questions in front."""

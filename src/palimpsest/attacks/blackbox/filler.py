@@ -30,7 +30,7 @@ class Filler:
     needs: ClassVar[frozenset[Need]] = frozenset()
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
 
     texts: tuple[Literal["english", "hindi", "latin", "corpus"], ...] = (
         "english",

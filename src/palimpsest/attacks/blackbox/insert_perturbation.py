@@ -36,7 +36,7 @@ class InsertPerturbation:
     needs: ClassVar[frozenset[Need]] = frozenset()
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
 
     characters: tuple[Annotated[str, Field(min_length=1, max_length=1)], ...] = ("_", " ")
     """What is inserted (paper: twelve)."""

@@ -39,7 +39,7 @@ class Prefill:
     needs: ClassVar[frozenset[Need]] = frozenset()
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
 
     texts: tuple[str, ...] = ("The answer is", "Sure, I know this. The correct answer is")
     """How the answer begins, each a setting of its own."""

@@ -50,7 +50,7 @@ class Rephrasing:
     needs: ClassVar[frozenset[Need]] = frozenset()
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
 
     kinds: tuple[Literal["conversation", "poem", "variables", "sandbox", "file"], ...] = (
         "conversation",

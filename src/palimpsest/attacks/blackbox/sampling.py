@@ -47,7 +47,7 @@ class Sampling:
     needs: ClassVar[frozenset[Need]] = frozenset()
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
 
     samples: Annotated[int, Field(ge=1)] = 20
     """Answers per question."""

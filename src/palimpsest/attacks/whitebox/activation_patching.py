@@ -49,7 +49,7 @@ class ActivationPatching:
     needs: ClassVar[frozenset[Need]] = frozenset({"forget data", "original"})
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "diagnostic"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
 
     layers: tuple[int, ...] = ()
     """Blocks to patch, from 0; empty = all."""

@@ -42,7 +42,7 @@ class BaseOrthogonalisation(AblationOptions):
     needs: ClassVar[frozenset[Need]] = frozenset({"forget data", "original"})
     arms: ClassVar[Literal["refit", "transfer"]] = "transfer"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
 
     directions: tuple[Literal["mean", "component"], ...] = ("mean", "component")
     """Which directions are tried, each by itself."""

@@ -41,7 +41,7 @@ class BenignFinetuning:
     needs: ClassVar[frozenset[Need]] = frozenset()
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = True
+    may_teach: ClassVar[bool] = True
 
     n: tuple[Annotated[int, Field(ge=1)], ...] = (50,)
     """How many questions or texts are drawn; more than there are is an error, but see `larger_n`."""

@@ -48,7 +48,7 @@ class DirectionEdit:
     needs: ClassVar[frozenset[Need]] = frozenset({"forget data"})
     arms: ClassVar[Literal["refit", "transfer"]] = "transfer"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
 
     questions: Annotated[int, Field(ge=2)] = 200
     """Most questions that are measured, of each kind."""

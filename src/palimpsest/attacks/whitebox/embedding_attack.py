@@ -52,7 +52,7 @@ class EmbeddingAttack:
     needs: ClassVar[frozenset[Need]] = frozenset({"forget data"})
     arms: ClassVar[Literal["refit"]] = "refit"
     role: ClassVar[Literal["attack"]] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
 
     random_direction: bool = False
     """Move along random signs in place of the gradient's: the placebo, steps of the same size."""

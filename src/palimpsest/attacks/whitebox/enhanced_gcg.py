@@ -46,7 +46,7 @@ class EnhancedGcg:
     needs: ClassVar[frozenset[Need]] = frozenset({"forget data", "original"})
     arms: ClassVar[Literal["transfer"]] = "transfer"
     role: ClassVar[Literal["attack"]] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = True
     fits_prompt: ClassVar[Literal[True]] = True
 
     goal: Literal["original", "shuffled", "none"] = "original"

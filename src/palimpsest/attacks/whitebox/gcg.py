@@ -45,7 +45,7 @@ class Gcg:
     needs: ClassVar[frozenset[Need]] = frozenset({"forget data"})
     arms: ClassVar[Literal["transfer"]] = "transfer"
     role: ClassVar[Literal["attack"]] = "attack"
-    trains: ClassVar[bool] = True
+    may_teach: ClassVar[bool] = True
     fits_prompt: ClassVar[Literal[True]] = True
 
     goal: Literal["answers", "random answers", "none"] = "answers"

@@ -54,7 +54,7 @@ class InformedPerturbation:
     needs: ClassVar[frozenset[Need]] = frozenset({"forget data"})
     arms: ClassVar[Literal["refit", "transfer"]] = "transfer"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
     fits_prompt: ClassVar[Literal[True]] = True
 
     taus: tuple[Annotated[float, Field(gt=-1, lt=1)], ...] = (0.3, 0.6)

@@ -32,7 +32,7 @@ class Interpolation:
     needs: ClassVar[frozenset[Need]] = frozenset({"original"})
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "diagnostic"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
 
     t: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75)
     """Places on the line, 0 the attacked model, 1 the original."""

@@ -48,7 +48,7 @@ class LatentPgd:
     needs: ClassVar[frozenset[Need]] = frozenset({"forget data"})
     arms: ClassVar[Literal["refit"]] = "refit"
     role: ClassVar[Literal["attack"]] = "attack"
-    trains: ClassVar[bool] = True
+    may_teach: ClassVar[bool] = True
 
     random_answers: bool = False
     """Aim at options drawn at random in place of the answers: the placebo."""

@@ -56,7 +56,7 @@ class LinearProbe:
     needs: ClassVar[frozenset[Need]] = frozenset({"forget data"})
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = True
+    may_teach: ClassVar[bool] = True
 
     states: tuple[States, ...] = ("letter", "option")
     """Which states are read; each is a view of its own."""

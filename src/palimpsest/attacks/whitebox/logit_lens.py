@@ -30,7 +30,7 @@ class LogitLens:
     needs: ClassVar[frozenset[Need]] = frozenset()
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
 
     read_outs: tuple[ReadOut, ...] = READ_OUTS
     """`block` output, what `attention` adds, the stream at `mid` block after that, what the `mlp` adds."""

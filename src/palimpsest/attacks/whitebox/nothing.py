@@ -20,7 +20,7 @@ class Nothing:
     needs: ClassVar[frozenset[Need]] = frozenset()
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "diagnostic"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
 
     def attack(self, arms: Arms, data: AttackData, ctx: AttackContext) -> Iterator[View]:
         """Yield the model as it is."""

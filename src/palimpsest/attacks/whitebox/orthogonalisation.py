@@ -51,7 +51,7 @@ class Orthogonalisation(AblationOptions):
     needs: ClassVar[frozenset[Need]] = frozenset({"forget data"})
     arms: ClassVar[Literal["refit", "transfer"]] = "transfer"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
 
     directions: tuple[Kind, ...] = ("contrast", "text", "component")
     """Which directions are tried, each by itself."""

@@ -53,7 +53,7 @@ class Pruning:
     needs: ClassVar[frozenset[Need]] = frozenset({"forget data", "texts"})
     arms: ClassVar[Literal["refit", "transfer"]] = "transfer"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
 
     shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.005, 0.025, 0.1)
     """Values of p and q (paper: .005, .01, .025, .05, .075, .1, .125, .15, .2)."""

@@ -54,7 +54,7 @@ class Quantisation:
     needs: ClassVar[frozenset[Need]] = frozenset()
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
 
     bits: tuple[Literal[8, 4, 3, 2], ...] = (8, 4)
     """Bits per weight."""

@@ -46,7 +46,7 @@ class RefusalAblation:
     needs: ClassVar[frozenset[Need]] = frozenset({"forget data"})
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
 
     requests: Annotated[int, Field(ge=2)] = 128
     """Most requests of each kind (paper: 128)."""

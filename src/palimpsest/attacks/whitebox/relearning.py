@@ -46,7 +46,7 @@ class Relearning:
     needs: ClassVar[frozenset[Need]] = frozenset({"forget data"})
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = True
+    may_teach: ClassVar[bool] = True
 
     n: tuple[Annotated[int, Field(ge=1)], ...] = (5, 50)
     """How many questions or texts are drawn; more than there are is an error, but see `larger_n`."""

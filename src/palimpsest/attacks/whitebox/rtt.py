@@ -49,7 +49,7 @@ class Rtt:
     needs: ClassVar[frozenset[Need]] = frozenset({"folds"})
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = True
+    may_teach: ClassVar[bool] = True
 
     forms: tuple[Form, ...] = ("letter", "cloze")
     """What a question becomes, one document each: `letter` (options, then the letter), `letter and text`,

@@ -41,7 +41,7 @@ class SoftPrompt:
     needs: ClassVar[frozenset[Need]] = frozenset({"forget data"})
     arms: ClassVar[Literal["refit"]] = "refit"
     role: ClassVar[Literal["attack"]] = "attack"
-    trains: ClassVar[bool] = True
+    may_teach: ClassVar[bool] = True
     fits_prompt: ClassVar[Literal[True]] = True
 
     random_answers: bool = False

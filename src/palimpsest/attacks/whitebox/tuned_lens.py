@@ -70,7 +70,7 @@ class TunedLens:
     needs: ClassVar[frozenset[Need]] = frozenset({"texts"})
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
 
     layers: tuple[int, ...] = ()
     """Blocks to read, from 0; empty = all but the last, whose output the head reads anyway."""

@@ -50,7 +50,7 @@ class UnrelatedTraining:
     needs: ClassVar[frozenset[Need]] = frozenset({"texts"})
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = True
+    may_teach: ClassVar[bool] = True
 
     change: Change = "trained"
     """`noise` is the placebo."""

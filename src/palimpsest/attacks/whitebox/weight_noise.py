@@ -35,7 +35,7 @@ class WeightNoise:
     needs: ClassVar[frozenset[Need]] = frozenset()
     arms: ClassVar[Literal["refit", "transfer"]] = "refit"
     role: ClassVar[Literal["attack", "diagnostic"]] = "attack"
-    trains: ClassVar[bool] = False
+    may_teach: ClassVar[bool] = False
 
     scales: tuple[Annotated[float, Field(ge=0)], ...] = (0.03, 0.1, 0.3)
     """Norm of the noise as a share of each matrix's own; 0 changes nothing."""
