@@ -57,6 +57,9 @@ def print_audit(report: AuditReport, page: Path) -> None:
             console.print(f"  {escape(line)}")
         if audit.with_original != audit.verdict:
             console.print(f"  with attacks that need the original model: {audit.with_original}")
+        for one in audit.networks:
+            by = f" ({', '.join(one.recovering)})" if one.recovering else ""
+            console.print(f"  {one.name} by itself: {one.verdict}{by}")
         console.print(f"floor: {escape(audit.floor)}")
         console.print(_table(audit))
         if audit.cheapest:

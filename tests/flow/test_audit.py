@@ -279,6 +279,21 @@ def test_two_seeds_give_one_verdict_with_intervals(sandbox: Any) -> None:
     assert any("2 training seed(s)" in line for line in made.unsupported)
 
 
+def test_each_network_of_a_method_gets_the_verdict_that_it_would_get_alone(
+    sandbox: Any, tmp_path: Path
+) -> None:
+    data, out, report = sandbox
+    jobs = shutil.copytree(out, tmp_path / "copy")
+    (made,) = report.audits
+    assert [one.name for one in made.networks] == ["x@0", "x@1"]
+    for one in made.networks:
+        models = [m for m in data["models"] if m["name"] in ("original", "control", one.name)]
+        (alone,) = run({**data, "models": models}, jobs).audits
+        assert not alone.networks
+        assert one.verdict == alone.verdict
+        assert one.recovering == [r.name for r in alone.rows if r.status == "recovers"]
+
+
 def test_a_transferred_attack_is_scored_on_every_arm(sandbox: Any) -> None:
     _, out, report = sandbox
     found = row(report, "reveal")

@@ -17,7 +17,7 @@ from palimpsest.audit.jobs import AttackJob, run_job, stored_views
 from palimpsest.audit.planning import Planned, plan_audit, settled
 from palimpsest.audit.power import shown_attacks
 from palimpsest.audit.recipe import NOTHING, AuditRecipe, label_of
-from palimpsest.audit.record import Audit, AuditedModel, AuditReport
+from palimpsest.audit.record import Audit, AuditedModel, AuditReport, NetworkVerdict
 from palimpsest.audit.rows import Attacked, audit_of
 from palimpsest.audit.tables import ArmViews
 from palimpsest.audit.tiers import left_out
@@ -175,30 +175,14 @@ def _report(plan: Planned, folder: RunFolder, loaded: Models, failed: Failed) ->
     audits: list[Audit] = []
     by_label: dict[str, dict[str, Attacked]] = {}
     for label, targets in recipe.targets.items():
-        attacked = {
-            name: Attacked(
-                plugin=plugin,
-                views=_views(plan, folder, name, [m.name for m in targets]),
-                jobs=_jobs_on(plan, name, [m.name for m in targets]),
-                failed=failed.get((name, ""), failed.get((name, label), "")),
+        names = [m.name for m in targets]
+        by_label[label] = _attacked(plan, folder, failed, label, names)
+        made = _audit_of(plan, folder, label, by_label[label])
+        if len(names) > 1:
+            made = made.model_copy(
+                update={"networks": [_alone(plan, folder, failed, label, n) for n in names]}
             )
-            for name, plugin in plan.attacks.items()
-        }
-        by_label[label] = attacked
-        audits.append(
-            audit_of(
-                label,
-                attacked,
-                plan.questions,
-                folder=folder,
-                baseline=NOTHING,
-                floor=recipe.controls[0].name if recipe.controls else None,
-                delta=recipe.audit.delta,
-                seed=recipe.audit.seed,
-                left_out=left_out({a.use for a in recipe.all_attacks()}),
-                shown=shown_attacks(),
-            )
-        )
+        audits.append(made)
     return AuditReport(
         name=recipe.audit.name,
         is_sandbox=any(m.source.startswith("sandbox/") for m in recipe.models),
@@ -216,6 +200,48 @@ def _report(plan: Planned, folder: RunFolder, loaded: Models, failed: Failed) ->
         versions={name: version(name) for name in COMPUTING},
         failed={f"{n} on {label}" if label else n: why for (n, label), why in failed.items()},
     )
+
+
+def _attacked(
+    plan: Planned, folder: RunFolder, failed: Failed, label: str, names: Sequence[str]
+) -> dict[str, Attacked]:
+    """Return attack -> what is stored of it for some networks of a method."""
+    return {
+        attack: Attacked(
+            plugin=plugin,
+            views=_views(plan, folder, attack, names),
+            jobs=_jobs_on(plan, attack, names),
+            failed=failed.get((attack, ""), failed.get((attack, label), "")),
+        )
+        for attack, plugin in plan.attacks.items()
+    }
+
+
+def _audit_of(
+    plan: Planned, folder: RunFolder, label: str, attacked: Mapping[str, Attacked]
+) -> Audit:
+    recipe = plan.recipe
+    return audit_of(
+        label,
+        attacked,
+        plan.questions,
+        folder=folder,
+        baseline=NOTHING,
+        floor=recipe.controls[0].name if recipe.controls else None,
+        delta=recipe.audit.delta,
+        seed=recipe.audit.seed,
+        left_out=left_out({a.use for a in recipe.all_attacks()}),
+        shown=shown_attacks(),
+    )
+
+
+def _alone(
+    plan: Planned, folder: RunFolder, failed: Failed, label: str, name: str
+) -> NetworkVerdict:
+    """Return the verdict on one network of a method, as if it were the only one."""
+    made = _audit_of(plan, folder, name, _attacked(plan, folder, failed, label, [name]))
+    recovering = [r.name for r in made.rows if r.status == "recovers"]
+    return NetworkVerdict(name=name, verdict=made.verdict, recovering=recovering)
 
 
 def _jobs_on(plan: Planned, attack: str, targets: Sequence[str]) -> tuple[AttackJob, ...]:

@@ -150,6 +150,18 @@ class AuditedModel(_Model):
     weights_sha256: str
 
 
+class NetworkVerdict(_Model):
+    """The verdict on one training seed's network alone, and the attacks that recover it.
+
+    It draws groups of questions and no seeds: it says something of this network, and nothing of what the
+    method makes of another seed.
+    """
+
+    name: str
+    verdict: Verdict
+    recovering: list[str]
+
+
 class Audit(_Model):
     """One verdict: an unlearned model (or its training seeds) against the original and the control.
 
@@ -157,7 +169,8 @@ class Audit(_Model):
     the largest R among those that cost less than 10 points of utility. `unsupported`: claims that this
     evidence does not carry. `floor`: what it was, in words. `plain`: the arms without any attack.
     `left_out`: attacks that the tier leaves out. `shown`: attacks of this audit that `audit calibrate`
-    showed to recover hiders by construction.
+    showed to recover hiders by construction. `networks`: where there are several training seeds, each by
+    itself.
     """
 
     label: str
@@ -173,6 +186,7 @@ class Audit(_Model):
     rows: list[AttackRow]
     left_out: list[str]
     shown: list[str]
+    networks: list[NetworkVerdict] = []
 
 
 class TransferCell(_Model):
