@@ -306,7 +306,7 @@ def test_the_embedding_attack_raises_the_probability_of_an_answer_and_reads_no_k
     lm = _lm("llama")
     attack = EmbeddingAttack(steps=(20,), step_size=0.1, channels=("letter",))
     (view,) = _views(attack, lm)
-    (placebo,) = _views(attack.placebo(), lm)
+    placebos = _views(attack.placebo(), lm)
     firsts = [lm.tokenizer(f" {c}", add_special_tokens=False)["input_ids"][0] for c in "ABCD"]
     letters = sorted(set(firsts))
 
@@ -315,7 +315,8 @@ def test_the_embedding_attack_raises_the_probability_of_an_answer_and_reads_no_k
         return sum(float(x.softmax(-1)[letters].sum()) for x in logits) / len(logits)
 
     assert mass(view) > 4 * mass(View())
-    assert mass(view) > 4 * mass(placebo)
+    assert [p.repeat for p in placebos] == [0, 1, 2]
+    assert all(mass(view) > 4 * mass(placebo) for placebo in placebos)
     with view.apply(lm):
         first = score_view(lm, view, QUESTIONS, "letter")
         other = score_view(
