@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from audit_questions import asked
 from palimpsest.audit.data import Questions
 from palimpsest.audit.floors import require_unknown
 from palimpsest.audit.record import AttackRow, Audit
@@ -22,7 +23,7 @@ from palimpsest.sandbox.documents import Author
 from palimpsest.sandbox.world import HAZARDOUS_ATTRIBUTES, build_world
 from palimpsest.sources import Source
 from palimpsest.store import RunFolder, fingerprint
-from palimpsest.types import Message, Sample
+from palimpsest.types import Sample
 from palimpsest.views import AttackData
 
 N = 60
@@ -45,20 +46,6 @@ class Trainer:
 
     def placebo(self) -> None:
         """Return none."""
-
-
-def asked(kind: str, count: int) -> tuple[Sample, ...]:
-    return tuple(
-        Sample(
-            id=f"{kind}{i}",
-            task="choose",
-            messages=(Message("user", f"{kind} {i}?"),),
-            options=("a", "b", "c", "d"),
-            answer=i % 4,
-            group=f"{kind}-{i}",
-        )
-        for i in range(count)
-    )
 
 
 PLAIN = Questions(

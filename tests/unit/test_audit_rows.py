@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from audit_questions import asked
 from palimpsest.audit.asking import finite
 from palimpsest.audit.data import Questions
 from palimpsest.audit.record import AttackRow, Audit
@@ -16,7 +17,6 @@ from palimpsest.audit.rows import Attacked, audit_of
 from palimpsest.audit.tables import ArmViews
 from palimpsest.plugins import options
 from palimpsest.store import RunFolder
-from palimpsest.types import Message, Sample
 from palimpsest.views import AttackData
 
 N = 60
@@ -52,20 +52,6 @@ class Diagnostic(Stub):
     """One that never decides."""
 
     role: ClassVar[Any] = "diagnostic"
-
-
-def asked(kind: str, count: int) -> tuple[Sample, ...]:
-    return tuple(
-        Sample(
-            id=f"{kind}{i}",
-            task="choose",
-            messages=(Message("user", f"{kind} {i}?"),),
-            options=("a", "b", "c", "d"),
-            answer=i % 4,
-            group=f"{kind}-{i}",
-        )
-        for i in range(count)
-    )
 
 
 QUESTIONS = Questions(
